@@ -1,0 +1,42 @@
+"""CR-SAM and the sharpness-aware family as optax gradient transformations.
+
+>>> import jax.numpy as jnp, optax
+>>> from crsam_jax import crsam
+>>> def loss_fn(params, batch):
+...   x, y = batch
+...   return jnp.mean((x @ params - y) ** 2)
+>>> tx = optax.chain(crsam(loss_fn, rho=0.1, alpha=0.1, beta=0.01), optax.sgd(0.1))
+"""
+
+from crsam_jax._crsam import crsam, crsam_gradient
+from crsam_jax.alias import asam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax.ascent import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
+from crsam_jax.penalties import Penalty, Term
+from crsam_jax.probes import Evaluation
+from crsam_jax.transform import (
+    OneSidedDiagnostics,
+    SharpnessAwareState,
+    TwoSidedDiagnostics,
+    sharpness_aware,
+)
+
+__all__ = [
+    "Ascent",
+    "Evaluation",
+    "OneSidedDiagnostics",
+    "Penalty",
+    "SharpnessAwareState",
+    "Term",
+    "TwoSidedDiagnostics",
+    "adaptive_ascent",
+    "asam",
+    "crsam",
+    "crsam_gradient",
+    "gradient_ascent",
+    "gradient_norm_penalty",
+    "gsam",
+    "masked_ascent",
+    "sam",
+    "sharpness_aware",
+    "wsam",
+]

@@ -1,0 +1,160 @@
+"""Where to look: from the gradient g at w to the direction v of the perturbation ρv.
+
+An ascent is a pair of pure functions, so that it may carry state and travel through
+``optax.inject_hyperparams`` without being taken for a schedule.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from crsam_jax import _tree
+from crsam_jax._checks import check_number
+
+Mask = Any
+"""A pytree of bools that is a prefix of params, or a function from params to one."""
+
+
+class Ascent(NamedTuple):
+    """A rule for the direction v.
+
+    Attributes:
+      init: ``params -> state``, a pytree of arrays (``()`` for none).
+      apply: ``(grads, state, params) -> (direction, new_state)``. The direction has the structure and
+        shapes of ``params`` and at least float32; zeros mean that there is no direction to look in. It is
+        a constant for differentiation, as the perturbation of SAM is.
+
+    Example:
+      The steepest ascent for the maximum norm, v = sign(g)/√n:
+
+      >>> import jax, jax.numpy as jnp, crsam_jax
+      >>> def apply(grads, state, params):
+      ...   n = sum(g.size for g in jax.tree.leaves(grads))
+      ...   return jax.tree.map(lambda g: jnp.sign(g) / n**0.5, grads), state
+      >>> sign_ascent = crsam_jax.Ascent(init=lambda params: (), apply=apply)
+      >>> tx = crsam_jax.sam(lambda w: jnp.sum(w**4), ascent=sign_ascent)
+    """
+
+    init: Callable[[Any], Any]
+    apply: Callable[[Any, Any, Any], tuple[Any, Any]]
+
+
+def gradient_ascent() -> Ascent:
+    """The direction of SAM and of CR-SAM: v = g/‖g‖, one norm over the whole tree.
+
+    Where ‖g‖ is zero or g is not finite, v is zero.
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+      >>> direction, _ = crsam_jax.gradient_ascent().apply(grads, (), grads)
+      >>> print(direction["w"], direction["b"])
+      [0.6] [0.8]
+
+    References:
+      Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021,
+      eq. 2 with p = 2; Wu et al., "CR-SAM", AAAI 2024, algorithm 1, line 4.
+    """
+
+    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        del params
+        return _tree.unit(grads), state
+
+    return Ascent(_no_state, apply)
+
+
+def adaptive_ascent(eta: float = 0.01, adaptive: Mask | None = None) -> Ascent:
+    """The scale-invariant direction of ASAM: v = T² g/‖T g‖ with T = diag(|w| + η).
+
+    One norm over the whole tree; ‖v‖ is not 1. Where T g is zero or not finite, v is zero.
+
+    Args:
+      eta: η ≥ 0, added to |w| so that small weights still move. Unitless.
+      adaptive: which leaves are scaled, as a prefix of params with bool leaves or a function from params to
+        one; the others have T = 1. ``None``, the default, scales all of them. The authors' code scales
+        the tensors whose name contains "weight" and leaves biases alone.
+
+    Raises:
+      ValueError: if eta is negative or not finite.
+      TypeError: if eta is not a number.
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> params, grads = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
+      >>> direction, _ = crsam_jax.adaptive_ascent(eta=0.0).apply(grads, (), params)
+      >>> print(direction * 5**0.5)  # T²g = [1, 4] over ‖Tg‖ = √5
+      [1. 4.]
+
+    References:
+      Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
+      Neural Networks", ICML 2021, eq. 7 and algorithm 1.
+    """
+    check_number("eta", eta)
+
+    def scale(grad: jax.Array, param: jax.Array, is_adaptive: bool) -> jax.Array:
+        if not is_adaptive:
+            return grad
+        return (jnp.abs(param).astype(_tree.wide_dtype(param)) + eta) * grad
+
+    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        which = broadcast_mask("adaptive", True if adaptive is None else adaptive, params)
+        scaled = jax.tree.map(scale, _tree.widen(grads), params, which)
+        return jax.tree.map(scale, _tree.unit(scaled), params, which), state
+
+    return Ascent(_no_state, apply)
+
+
+def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
+    """The same ascent with the gradient set to zero outside ``mask``: only that part is perturbed.
+
+    The norm runs over the chosen part alone.
+
+    Args:
+      ascent: the ascent to restrict; it must map zero gradients to zero directions.
+      mask: a prefix of params with bool leaves, or a function from params to one. True: perturbed.
+
+    Raises:
+      TypeError: at ``apply``, if a leaf of the mask is not a bool.
+      ValueError: at ``apply``, if the mask is not a prefix of params.
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> grads = {"w": jnp.array([3.0]), "b": jnp.array([4.0])}
+      >>> ascent = crsam_jax.masked_ascent(crsam_jax.gradient_ascent(), {"w": True, "b": False})
+      >>> direction, _ = ascent.apply(grads, (), grads)
+      >>> print(direction["w"], direction["b"])
+      [1.] [0.]
+
+    References:
+      Mueller et al., "Normalization Layers Are All That Sharpness-Aware Minimization Needs", NeurIPS 2023:
+      perturbing the normalization layers alone.
+    """
+
+    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+        which = broadcast_mask("mask", mask, params)
+        chosen = jax.tree.map(lambda g, is_in: g if is_in else jnp.zeros_like(g), grads, which)
+        return ascent.apply(chosen, state, params)
+
+    return Ascent(ascent.init, apply)
+
+
+def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
+    """The mask as a tree of bools with the structure of params."""
+    mask = mask(params) if callable(mask) else mask
+    try:
+        full = jax.tree.broadcast(mask, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be a prefix of params: {jax.tree.structure(mask)} does not fit {jax.tree.structure(params)}."
+        ) from error
+    for leaf in jax.tree.leaves(full):
+        if not isinstance(leaf, bool):
+            raise TypeError(f"{name} must have True or False at its leaves, found {leaf!r}.")
+    return full
+
+
+def _no_state(params: Any) -> tuple[()]:
+    del params
+    return ()
