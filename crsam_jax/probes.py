@@ -89,7 +89,7 @@ def _after(first: Any, then: Any) -> Any:
     XLA looks through optimization barriers on CPU, so the dependence has to be one of data. No maximum of
     absolute values is negative, which the compiler does not know.
     """
-    never = _tree.max_abs(first) < 0
+    never = _tree.max_abs(first) == -1
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)
 
 

@@ -1,0 +1,38 @@
+# Every target makes its own environment in .venv; only Python 3.11 or newer and pip are needed.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test test-fast lint types wheel clean
+
+demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
+	$(BIN)/python -m experiments compare digits
+
+test: $(VENV)/.dev  ## all tests, docstring examples and the examples of README.md and docs/
+	$(BIN)/python -m pytest
+
+test-fast: $(VENV)/.dev
+	$(BIN)/python -m pytest -m "not slow"
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+wheel: $(VENV)/.dev  ## builds the wheel and imports it on every supported Python that is installed
+	PYTHON=$(BIN)/python .ci/check-wheel
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info
+
+$(VENV)/.experiments: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[experiments]"
+	touch $@
+
+$(VENV)/.dev: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --editable ".[dev]"
+	touch $@

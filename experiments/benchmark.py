@@ -1,0 +1,123 @@
+"""What a step costs: time and temporary memory of each method and evaluation, in plain gradient evaluations.
+
+The floor is one evaluation of the loss and its gradient per point: two for SAM, three for CR-SAM. All programs
+run in turn, so that a busy machine slows all of them alike; compare medians within one run.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+import crsam_jax
+from experiments import configs
+from experiments.models.convnet import ConvNet
+
+
+class Program(NamedTuple):
+    """A compiled function with its arguments, and how many times a measurement calls it."""
+
+    name: str
+    compiled: Any
+    args: tuple[Any, ...]
+    calls: int
+    floor: int
+    """Gradient evaluations that it cannot do without."""
+
+    def run(self) -> float:
+        """Runs it and returns the seconds until the last result is there."""
+        start = time.perf_counter()
+        for _ in range(self.calls):
+            jax.block_until_ready(self.compiled(*self.args))
+        return time.perf_counter() - start
+
+
+def benchmark(config: configs.Benchmark) -> None:
+    """Times all programs in turn and prints a table."""
+    programs = _programs(config)
+    seconds: dict[str, list[float]] = {program.name: [] for program in programs}
+    for _ in track(range(config.rounds), description="timing"):
+        for program in programs:
+            seconds[program.name].append(program.run())
+    device = jax.devices()[0]
+    title = (
+        f"{config.model}, batch {config.batch_size}, {device.platform} ({device.device_kind}), {config.rounds} rounds"
+    )
+    Console().print(_table(title, programs, seconds))
+
+
+def _programs(config: configs.Benchmark) -> list[Program]:
+    loss_fn, params, kwargs = _problem(config)
+
+    def gradient(params: Any, kwargs: Any) -> Any:
+        return jax.value_and_grad(loss_fn, has_aux=True)(params, **kwargs)
+
+    def gradient_through(tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+        def step(params: Any, state: Any, kwargs: Any) -> Any:
+            (loss, aux), grads = gradient(params, kwargs)
+            updates, state = tx.update(grads, state, params, **kwargs)
+            return loss, aux, updates, state
+
+        return step
+
+    evaluation = jax.jit(gradient).lower(params, kwargs).compile()
+    programs = [Program(f"{calls} × value_and_grad", evaluation, (params, kwargs), calls, calls) for calls in (1, 2, 3)]
+    members = {
+        "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
+        **{
+            f"crsam, {evaluation}": (crsam_jax.crsam(loss_fn, evaluation=evaluation, has_aux=True), 3)
+            for evaluation in ("sequential", "ordered", "vmap")
+        },
+    }
+    for name, (tx, floor) in track(members.items(), description="compiling"):
+        state = tx.init(params)
+        compiled = jax.jit(gradient_through(tx)).lower(params, state, kwargs).compile()
+        programs.append(Program(name, compiled, (params, state, kwargs), 1, floor))
+    for program in programs:
+        program.run()  # warm up
+    return programs
+
+
+def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
+    """Loss, params, and the loss's arguments: one batch of random images and labels."""
+    rng = np.random.default_rng(0)
+    images = jnp.asarray(rng.normal(size=(config.batch_size, 32, 32, 3)), jnp.float32)
+    labels = jnp.asarray(rng.integers(0, 10, config.batch_size), jnp.int32)
+    model = ConvNet(3, 10, config.width, rngs=nnx.Rngs(0))
+    graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+
+    def loss_fn(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
+        return jnp.mean(losses), nnx.state(model, nnx.Not(nnx.Param))
+
+    return loss_fn, params, {"model_state": model_state, "images": images, "labels": labels}
+
+
+def _table(title: str, programs: list[Program], seconds: dict[str, list[float]]) -> Table:
+    table = Table(
+        "program", "median ms", "quartiles ms", "÷ 1 evaluation", "÷ its floor", "temporaries MB", title=title
+    )
+    median = {name: statistics.median(times) for name, times in seconds.items()}
+    for program in programs:
+        low, _, high = statistics.quantiles(seconds[program.name], n=4)
+        floor = median[f"{program.floor} × value_and_grad"]
+        memory = program.compiled.memory_analysis()
+        table.add_row(
+            program.name,
+            f"{1e3 * median[program.name]:.1f}",
+            f"{1e3 * low:.1f} to {1e3 * high:.1f}",
+            f"{median[program.name] / median['1 × value_and_grad']:.2f}",
+            f"{median[program.name] / floor:.2f}",
+            f"{memory.temp_size_in_bytes / 1e6:.1f}",
+        )
+    return table

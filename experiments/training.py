@@ -1,0 +1,172 @@
+"""Training one network on the digits with one method, one jitted step at a time."""
+
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import crsam_jax
+from experiments import configs
+from experiments.data import digits
+from experiments.data.dataset import Split
+from experiments.models.convnet import ConvNet
+
+
+class EpochRecord(NamedTuple):
+    """One row of the metrics file; losses are mean cross-entropies, accuracies are in percent."""
+
+    method: str
+    seed: int
+    epoch: int
+    train_loss: float
+    """Mean over the epoch's batches, at the weights before each step, against the noisy labels."""
+    train_accuracy: float
+    """On the training images, against the noisy labels; evaluation mode, as all below."""
+    test_loss: float
+    test_accuracy: float
+    grad_norm: float
+    """‖∇L‖ over the whole training set with its noisy labels."""
+    curvature: float
+    """vᵀHv along v = ∇L/‖∇L‖ over the whole training set."""
+    seconds_per_step: float
+
+
+class Task(NamedTuple):
+    """The data of one run, on the device."""
+
+    train: tuple[jax.Array, jax.Array]
+    test: tuple[jax.Array, jax.Array]
+
+
+def make_task(config: configs.Digits, seed: int, evaluate_on: str = "test") -> Task:
+    """The training split with the seed's wrong labels, and the clean split to evaluate on: "test" or "validation"."""
+    data = digits.load(config.train_examples)
+    noisy = digits.with_label_noise(data.train, config.label_noise, seed)
+    return Task(_on_device(noisy), _on_device(getattr(data, evaluate_on)))
+
+
+def epochs_of(config: configs.Digits, method: str) -> int:
+    """Epochs that the method trains for."""
+    return 3 * config.epochs if method == "sgd-3x" else config.epochs
+
+
+def optimizer(
+    config: configs.Digits, method: str, loss_fn: Callable[..., Any]
+) -> optax.GradientTransformationExtraArgs:
+    """The method as an optax chain: the sharpness-aware gradient first, then weight decay, momentum and step size."""
+    steps = epochs_of(config, method) * (config.train_examples // config.batch_size)
+    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
+    base = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum))
+    match method:
+        case "sgd" | "sgd-3x":
+            return optax.with_extra_args_support(base)
+        case "sam":
+            return optax.chain(crsam_jax.sam(loss_fn, config.sam.rho, has_aux=True), base)
+        case "crsam":
+            c = config.crsam
+            first = crsam_jax.crsam(
+                loss_fn, c.rho, c.alpha, c.beta, penalty=c.penalty, offset=c.offset,
+                max_penalty_ratio=c.max_penalty_ratio, has_aux=True,
+            )  # fmt: skip
+            return optax.chain(first, base)
+    raise ValueError(f"unknown method {method!r}; the methods are {', '.join(configs.METHOD_NAMES)}.")
+
+
+class Program(NamedTuple):
+    """The jitted functions of one method; each is compiled once and serves all seeds."""
+
+    init: Callable[[int], tuple[Any, Any, Any]]
+    """From a seed to params, the model's other state, and the optimizer's state."""
+    step: Callable[..., tuple[Any, Any, Any, jax.Array]]
+    """From these and a batch to the next ones and the loss before the step."""
+    measure: Callable[..., tuple[jax.Array, ...]]
+    """From params, model state and a task to the numbers of an :class:`EpochRecord`, from train_accuracy on."""
+
+
+def make_program(config: configs.Digits, method: str) -> Program:
+    """Builds the network, the loss and the optimizer of one method."""
+
+    def make_model(seed: int) -> ConvNet:
+        return ConvNet(1, digits.NUM_CLASSES, config.width, rngs=nnx.Rngs(seed))
+
+    graphdef = nnx.graphdef(make_model(0))
+
+    def forward(params: Any, model_state: Any, images: jax.Array, is_training: bool) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        model.set_attributes(use_running_average=not is_training)
+        logits = model(images)
+        return logits, nnx.state(model, nnx.Not(nnx.Param))
+
+    def loss_fn(params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, Any]:
+        images, labels = batch
+        logits, new_model_state = forward(params, model_state, images, is_training=True)
+        return _cross_entropy(logits, labels), new_model_state
+
+    def evaluation_loss(params: Any, model_state: Any, batch: Any) -> tuple[jax.Array, jax.Array]:
+        images, labels = batch
+        logits, _ = forward(params, model_state, images, is_training=False)
+        return _cross_entropy(logits, labels), 100 * jnp.mean(jnp.argmax(logits, -1) == labels)
+
+    tx = optimizer(config, method, loss_fn)
+    probe = crsam_jax.crsam_gradient(evaluation_loss, rho=config.probe_rho, alpha=0.0, beta=0.0, has_aux=True)
+
+    def init(seed: int) -> tuple[Any, Any, Any]:
+        # The model's other state is split off before the clean pass: all probes of a step start from the same one.
+        _, params, model_state = nnx.split(make_model(seed), nnx.Param, ...)
+        return params, model_state, tx.init(params)
+
+    @jax.jit
+    def step(params: Any, model_state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+        (loss, new_model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, model_state=model_state, batch=batch)
+        return optax.apply_updates(params, updates), new_model_state, opt_state, loss
+
+    @jax.jit
+    def measure(params: Any, model_state: Any, task: Task) -> tuple[jax.Array, ...]:
+        _, train_accuracy = evaluation_loss(params, model_state, task.train)
+        _, seen = probe(params, model_state=model_state, batch=task.train)
+        return train_accuracy, *evaluation_loss(params, model_state, task.test), seen.grad_norm, seen.curvature
+
+    return Program(init, step, measure)
+
+
+def train(config: configs.Digits, method: str, seed: int, task: Task, program: Program) -> Iterator[EpochRecord]:
+    """Trains one network and yields a record after each epoch.
+
+    Raises:
+      FloatingPointError: if the training loss is no longer finite.
+    """
+    params, model_state, opt_state = program.init(seed)
+    rng = np.random.default_rng(seed)
+    for epoch in range(1, epochs_of(config, method) + 1):
+        losses, start = [], time.perf_counter()
+        for batch in _batches(task.train, config.batch_size, rng):
+            params, model_state, opt_state, loss = program.step(params, model_state, opt_state, batch)
+            losses.append(loss)
+        train_loss = float(jnp.mean(jnp.stack(losses)))  # waits for the epoch's last step
+        seconds = (time.perf_counter() - start) / len(losses)
+        if not np.isfinite(train_loss):
+            raise FloatingPointError(f"{method}, seed {seed}: the training loss is {train_loss} in epoch {epoch}.")
+        measured = [float(value) for value in program.measure(params, model_state, task)]
+        yield EpochRecord(method, seed, epoch, train_loss, *measured, seconds_per_step=seconds)
+
+
+def _batches(data: Any, batch_size: int, rng: np.random.Generator) -> Iterator[Any]:
+    """One epoch of shuffled full batches; what is left over sits out this epoch."""
+    order = rng.permutation(len(data[0]))
+    for i in range(len(order) // batch_size):
+        index = order[i * batch_size : (i + 1) * batch_size]
+        yield tuple(array[index] for array in data)
+
+
+def _cross_entropy(logits: jax.Array, labels: jax.Array) -> jax.Array:
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+
+
+def _on_device(split: Split) -> tuple[jax.Array, jax.Array]:
+    return jnp.asarray(digits.normalized(split.images)), jnp.asarray(split.labels)
