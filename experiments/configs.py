@@ -8,17 +8,27 @@ METHOD_NAMES: tuple[MethodName, ...] = ("sgd", "sgd-3x", "sam", "crsam")
 
 
 @dataclasses.dataclass(frozen=True)
-class Sam:
-    """SAM's radius, chosen by `python -m experiments tune digits`."""
+class Sgd:
+    """SGD's settings, chosen by `python -m experiments tune digits`."""
 
-    rho: float = 0.4
+    learning_rate: float = 0.03
+    """Peak of the cosine schedule."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sam:
+    """SAM's settings, chosen by `python -m experiments tune digits`."""
+
+    learning_rate: float = 0.03
+    rho: float = 0.2
 
 
 @dataclasses.dataclass(frozen=True)
 class CrSam:
     """CR-SAM's settings, chosen by `python -m experiments tune digits`."""
 
-    rho: float = 0.4
+    learning_rate: float = 0.03
+    rho: float = 0.2
     alpha: float = 0.1
     beta: float = 0.01
     penalty: Literal["log", "linear"] = "log"
@@ -44,10 +54,9 @@ class Digits:
     """Channels of the network's first convolution."""
     epochs: int = 40
     batch_size: int = 64
-    learning_rate: float = 0.1
-    """Peak of the cosine schedule."""
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    sgd: Sgd = dataclasses.field(default_factory=Sgd)
     sam: Sam = dataclasses.field(default_factory=Sam)
     crsam: CrSam = dataclasses.field(default_factory=CrSam)
     probe_rho: float = 0.05

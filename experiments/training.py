@@ -59,8 +59,9 @@ def optimizer(
     config: configs.Digits, method: str, loss_fn: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
     """The method as an optax chain: the sharpness-aware gradient first, then weight decay, momentum and step size."""
+    settings = {"sgd": config.sgd, "sgd-3x": config.sgd, "sam": config.sam, "crsam": config.crsam}[method]
     steps = epochs_of(config, method) * (config.train_examples // config.batch_size)
-    schedule = optax.cosine_decay_schedule(config.learning_rate, steps)
+    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
     base = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum))
     match method:
         case "sgd" | "sgd-3x":
