@@ -24,6 +24,8 @@ EVALUATIONS = ("auto", "vmap", "sequential", "ordered")
 
 Loss = Callable[[Any], jax.Array]
 
+_ALL_BITS_OF_A_NAN = 0x7FFFFFFF  # but for the sign
+
 
 class Evaluation(NamedTuple):
     """The loss, a scalar in the dtype that the loss has, and its gradient, a tree like params."""
@@ -86,10 +88,11 @@ def _evaluate_here(value_and_grad: Callable[[Any], Any], points: Sequence[Any], 
 def _after(first: Any, then: Any) -> Any:
     """``then``, unchanged, but not available before all of ``first`` is.
 
-    XLA looks through optimization barriers on CPU, so the dependence has to be one of data. No maximum of
-    absolute values is negative, which the compiler does not know.
+    XLA looks through optimization barriers on CPU, and through comparisons that it can decide, so the dependence
+    is one of data, on a value that arithmetic never makes: a NaN with all its bits set.
     """
-    never = _tree.max_abs(first) < 0
+    seen = _tree.max_abs(first).astype(jnp.float32)
+    never = jax.lax.bitcast_convert_type(seen, jnp.uint32) == _ALL_BITS_OF_A_NAN
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)
 
 
