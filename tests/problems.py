@@ -53,7 +53,7 @@ def polynomial(cubic: bool, seed: int = 0) -> Problem:
         "bias": jnp.asarray(3 * rng.normal(size=1)),
         "scale": jnp.asarray(rng.normal()),
     }
-    return Problem(a @ a.T / n + np.eye(n), rng.normal(size=n), 7.0, cubic * rng.normal(size=n), params)
+    return Problem(a @ a.T / n + np.eye(n), rng.normal(size=n), 7.0, cubic * rng.uniform(-0.3, 0.3, size=n), params)
 
 
 def mlp(seed: int = 0, examples: int = 32, dtype: Any = jnp.float32) -> tuple[Callable[..., jax.Array], Any, Any]:
