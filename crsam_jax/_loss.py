@@ -14,6 +14,8 @@ LossFn = Callable[..., Any]
 # Arguments that optax's own transformations exchange; they may describe another loss.
 RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
 
+_UPDATE_PARAMETERS = frozenset({"updates", "state", "params"})
+
 _POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
@@ -36,6 +38,12 @@ class LossBinder:
         self._loss_fn = loss_fn
         self._has_aux = has_aux
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
+        taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
+        if taken:
+            raise TypeError(
+                f"loss_fn {_describe(loss_fn)} needs {_quoted(taken)}, but update(updates, state, params, ...) has "
+                "a parameter of that name itself and cannot pass it on; rename it, say to 'model_state'."
+            )
 
     def __call__(self, given: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
         """Returns ``params -> loss``, a real floating scalar, with the arguments in ``given`` bound.
@@ -123,7 +131,7 @@ def _checked_loss(result: Any, has_aux: bool) -> jax.Array:
         )
     try:
         loss = jnp.asarray(result)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:  # ValueError for None
         raise TypeError(f"loss_fn must return a scalar loss, but it returned {_summary(result)}.") from error
     if loss.ndim:
         raise TypeError(

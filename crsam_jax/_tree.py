@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# 2^±125 and its square root times anything representable stay inside float32's normal range.
-_LARGEST_EXPONENT = 125
+# Powers of two up to this much below the largest exponent, and their inverses, are normal numbers.
+_EXPONENT_MARGIN = 3
 
 
 def wide_dtype(*trees: Any) -> np.dtype:
@@ -67,9 +67,10 @@ def _rescaled(tree: Any) -> tuple[Any, jax.Array]:
     A power of two changes no digit, so norms in the ordinary range equal the naive ones exactly,
     while squares can neither overflow nor underflow.
     """
+    dtype = wide_dtype(tree)
+    largest = jnp.finfo(dtype).maxexp - _EXPONENT_MARGIN
     _, exponent = jnp.frexp(max_abs(tree))
-    exponent = jnp.clip(exponent, -_LARGEST_EXPONENT, _LARGEST_EXPONENT)
-    scale = jnp.ldexp(jnp.ones((), wide_dtype(tree)), -exponent)
+    scale = jnp.ldexp(jnp.ones((), dtype), -jnp.clip(exponent, -largest, largest))
     return wide_map(lambda x: x * scale, tree), scale
 
 

@@ -87,7 +87,7 @@ def _after(first: Any, then: Any) -> Any:
     """``then``, unchanged, but not available before all of ``first`` is.
 
     XLA looks through optimization barriers on CPU, so the dependence has to be one of data. No maximum of
-    absolute values is negative, which the compiler does not know.
+    absolute values is −1, which the compiler does not know (it does know that none is below 0).
     """
     never = _tree.max_abs(first) == -1
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)

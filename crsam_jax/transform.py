@@ -212,10 +212,10 @@ def _step(
         "cosine": _tree.cosine(grads, gradient),
     }
     if term is None:
-        change = _tree.dot(direction, plus.grads) - _tree.dot(direction, grads)
+        change = _tree.wide_map(jnp.subtract, plus.grads, grads)  # first, or the difference of dots cancels
         return gradient, OneSidedDiagnostics(
             **common,
-            curvature=jnp.where(is_perturbed, change / (reach * length), 0),
+            curvature=jnp.where(is_perturbed, _tree.dot(direction, change) / (reach * length), 0),
             guarded_steps=guarded,
         )
     return gradient, _two_sided_diagnostics(common, center, plus, probes[1], term, is_perturbed, guarded, reach)

@@ -1,0 +1,139 @@
+"""What is there: the strategies agree, and the compiled program does no more work than it must."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from crsam_jax import crsam, probes, sam
+from tests.problems import MEMBERS, ONE_SIDED, TWO_SIDED, flat, mlp, one_step, polynomial
+
+STRATEGIES = ("vmap", "sequential", "ordered", "auto")
+
+
+def train_step(tx, loss_fn):
+    def step(params, state, batch):
+        loss, grads = jax.value_and_grad(loss_fn)(params, batch)
+        gradient, state = tx.update(grads, state, params, batch=batch)
+        return loss, gradient, state
+
+    return step
+
+
+def compiled_step(tx, examples=256):
+    loss_fn, params, batch = mlp(examples=examples)
+    return jax.jit(train_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
+
+
+def flops(compiled):
+    return compiled.cost_analysis()["flops"]
+
+
+def dots(compiled):
+    """How many matrix products the compiled program holds."""
+    return sum(" dot(" in line or "__onednn$matmul" in line for line in compiled.as_text().splitlines())
+
+
+@pytest.mark.parametrize("evaluation", STRATEGIES)
+@pytest.mark.parametrize("jit", [False, True])
+def test_evaluations_are_the_losses_and_gradients_at_the_points(evaluation, jit, x64):
+    problem = polynomial(cubic=True)
+    points = [jax.tree.map(lambda x, s=s: x + s, problem.params) for s in (0.3, -0.2)]
+    evaluate = lambda *points: probes.evaluate(problem.loss, points, evaluation, None)
+    found = (jax.jit(evaluate) if jit else evaluate)(*points)
+    for point, (loss, grads) in zip(points, found, strict=True):
+        expected = problem.hessian @ flat(point) + problem.linear + problem.cubic * flat(point) ** 2 / 2
+        np.testing.assert_allclose(flat(grads), expected, rtol=1e-12)
+        assert float(loss) == pytest.approx(float(problem.loss(point)), rel=1e-12)
+
+
+@pytest.mark.parametrize("name", TWO_SIDED)
+@pytest.mark.parametrize("evaluation", STRATEGIES[1:])
+def test_all_strategies_give_the_numbers_of_vmap(name, evaluation, x64):
+    loss_fn, params, batch = mlp(dtype=jnp.float64)
+    expected = one_step(MEMBERS[name](loss_fn, evaluation="vmap"), loss_fn, params, batch=batch)
+    found = one_step(MEMBERS[name](loss_fn, evaluation=evaluation), loss_fn, params, batch=batch)
+    np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, atol=1e-12)
+
+
+def test_perturb_moves_by_length_times_direction():
+    moved = probes.perturb(
+        {"a": jnp.array([1.0]), "b": jnp.array(2.0)}, {"a": jnp.array([0.6]), "b": 0.8}, 0.5 + jnp.zeros(())
+    )
+    np.testing.assert_allclose(flat(moved), [1.3, 2.4], rtol=1e-6)
+
+
+def test_perturb_sums_in_float32_and_rounds_once():
+    """1 + 0.01 · 0.4 rounds to 1 + 2⁻⁸ in bfloat16 only if neither factor nor product was rounded before."""
+    w, v = jnp.ones(1000, jnp.bfloat16), jnp.linspace(-1, 1, 1000)
+    moved = probes.perturb(w, v, jnp.float32(0.37))
+    assert moved.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(moved, (1 + jnp.float32(0.37) * v).astype(jnp.bfloat16))
+
+
+# Cost, counted in the compiled program
+
+
+def test_two_sided_members_cost_two_gradients_more_and_merge_the_loss_with_the_callers():
+    loss_fn, params, batch = mlp(examples=256)
+    gradient = jax.jit(jax.value_and_grad(loss_fn)).lower(params, batch).compile()
+    for evaluation in ("sequential", "auto"):
+        step = compiled_step(crsam(loss_fn, evaluation=evaluation))
+        assert dots(step) == 3 * dots(gradient)
+        assert 2.8 < flops(step) / flops(gradient) < 3.2  # an unmerged forward pass would add a third
+
+
+@pytest.mark.parametrize("name", ONE_SIDED)
+def test_one_sided_members_cost_one_gradient_more_and_merge_the_loss_with_the_callers(name):
+    loss_fn, params, batch = mlp(examples=256)
+    gradient = jax.jit(jax.value_and_grad(loss_fn)).lower(params, batch).compile()
+    step = compiled_step(MEMBERS[name](loss_fn))
+    assert dots(step) == 2 * dots(gradient)
+    assert 1.8 < flops(step) / flops(gradient) < 2.2
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_no_conditional_is_left_in_the_compiled_program(name):
+    assert " conditional(" not in compiled_step(MEMBERS[name](mlp()[0])).as_text()
+
+
+def test_auto_is_sequential_on_cpu():
+    loss_fn = mlp()[0]
+    count = {e: dots(compiled_step(crsam(loss_fn, evaluation=e))) for e in STRATEGIES}
+    if jax.default_backend() == "cpu":
+        assert count["auto"] == count["sequential"]
+    assert count["vmap"] < count["sequential"]
+
+
+def test_auto_chooses_at_lowering_vmap_off_the_cpu():
+    loss_fn, params, batch = mlp()
+    tx = crsam(loss_fn)
+    traced = jax.jit(train_step(tx, loss_fn)).trace(params, tx.init(params), batch)
+    products = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
+        for platform in ("cpu", "cuda", "tpu")
+    }
+    assert products["cuda"] == products["tpu"] < products["cpu"]
+
+
+def test_ordered_needs_less_memory_than_sequential():
+    """Only one set of activations is alive at a time."""
+
+    def loss_fn(params, batch):
+        x = batch
+        for w in params:
+            x = jnp.tanh(x @ w)
+        return jnp.mean(x**2)
+
+    params = [jax.random.normal(jax.random.key(i), (32, 32)) / 6 for i in range(8)]
+    batch = jax.random.normal(jax.random.key(9), (4096, 32))
+    memory = {}
+    for name, tx in {
+        "sam": sam(loss_fn),
+        "ordered": crsam(loss_fn, evaluation="ordered"),
+        "sequential": crsam(loss_fn, evaluation="sequential"),
+    }.items():
+        step = jax.jit(train_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
+        memory[name] = step.memory_analysis().temp_size_in_bytes
+    assert memory["ordered"] < 1.25 * memory["sam"]
+    assert memory["ordered"] < 0.8 * memory["sequential"]
