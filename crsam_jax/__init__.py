@@ -9,9 +9,12 @@
 """
 
 from crsam_jax._crsam import crsam, crsam_gradient
+from crsam_jax.adaptive_policy import AdaptivePolicyState, adaptive_policy
 from crsam_jax.alias import asam, gradient_norm_penalty, gsam, sam, wsam
 from crsam_jax.ascent import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
+from crsam_jax.look import LookState, look
 from crsam_jax.penalties import Penalty, Term
+from crsam_jax.policies import PeriodicState, is_full_step, periodic
 from crsam_jax.probes import Evaluation
 from crsam_jax.transform import (
     OneSidedDiagnostics,
@@ -21,21 +24,28 @@ from crsam_jax.transform import (
 )
 
 __all__ = [
+    "AdaptivePolicyState",
     "Ascent",
     "Evaluation",
+    "LookState",
     "OneSidedDiagnostics",
     "Penalty",
+    "PeriodicState",
     "SharpnessAwareState",
     "Term",
     "TwoSidedDiagnostics",
     "adaptive_ascent",
+    "adaptive_policy",
     "asam",
     "crsam",
     "crsam_gradient",
     "gradient_ascent",
     "gradient_norm_penalty",
     "gsam",
+    "is_full_step",
+    "look",
     "masked_ascent",
+    "periodic",
     "sam",
     "sharpness_aware",
     "wsam",

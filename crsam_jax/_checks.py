@@ -38,6 +38,21 @@ def check_hyperparameter(name: str, value: ScalarOrSchedule, *, below: float = m
         check_number(name, value, below=below)
 
 
+def check_seed(seed: Any) -> None:
+    """Checks that a seed is an integer; tracers pass.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, jax.Array)):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def value_at(value: ScalarOrSchedule, count: Any, dtype: Any) -> jax.Array:
+    """The value of a constant or schedule at a step count, as a strongly typed scalar."""
+    return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
 def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
     """Checks that ``value`` is one of ``choices``.
 

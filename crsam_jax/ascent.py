@@ -17,20 +17,25 @@ Mask = Any
 """A pytree of bools that is a prefix of params, or a function from params to one."""
 
 
+GradientFn = Callable[[Any], Any]
+"""From a point, a tree like params, to the gradient of the loss there."""
+
+
 class Ascent(NamedTuple):
     """A rule for the direction v.
 
     Attributes:
       init: ``params -> state``, a pytree of arrays (``()`` for none).
-      apply: ``(grads, state, params) -> (direction, new_state)``. The direction has the structure and
-        shapes of ``params`` and at least float32; zeros mean that there is no direction to look in. It is
-        a constant for differentiation, as the perturbation of SAM is.
+      apply: ``(grads, state, params, gradient_fn) -> (direction, new_state)``. The direction has the structure
+        and shapes of ``params`` and at least float32; zeros mean that there is no direction to look in. It is a
+        constant for differentiation, as the perturbation of SAM is. ``gradient_fn(point)`` is the gradient of
+        the loss at another point, one more evaluation.
 
     Example:
       The steepest ascent for the maximum norm, v = sign(g)/√n:
 
       >>> import jax, jax.numpy as jnp, crsam_jax
-      >>> def apply(grads, state, params):
+      >>> def apply(grads, state, params, gradient_fn):
       ...   n = sum(g.size for g in jax.tree.leaves(grads))
       ...   return jax.tree.map(lambda g: jnp.sign(g) / n**0.5, grads), state
       >>> sign_ascent = crsam_jax.Ascent(init=lambda params: (), apply=apply)
@@ -38,7 +43,7 @@ class Ascent(NamedTuple):
     """
 
     init: Callable[[Any], Any]
-    apply: Callable[[Any, Any, Any], tuple[Any, Any]]
+    apply: Callable[..., tuple[Any, Any]]
 
 
 def gradient_ascent() -> Ascent:
@@ -58,11 +63,11 @@ def gradient_ascent() -> Ascent:
       eq. 2 with p = 2; Wu et al., "CR-SAM", AAAI 2024, algorithm 1, line 4.
     """
 
-    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
-        del params
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
+        del params, gradient_fn
         return _tree.unit(grads), state
 
-    return Ascent(_no_state, apply)
+    return Ascent(no_state, apply)
 
 
 def adaptive_ascent(eta: float = 0.01, adaptive: Mask | None = None) -> Ascent:
@@ -98,21 +103,22 @@ def adaptive_ascent(eta: float = 0.01, adaptive: Mask | None = None) -> Ascent:
             return grad
         return (jnp.abs(param).astype(_tree.wide_dtype(param)) + eta) * grad
 
-    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
+        del gradient_fn
         which = broadcast_mask("adaptive", True if adaptive is None else adaptive, params)
         scaled = jax.tree.map(scale, _tree.widen(grads), params, which)
         return jax.tree.map(scale, _tree.unit(scaled), params, which), state
 
-    return Ascent(_no_state, apply)
+    return Ascent(no_state, apply)
 
 
 def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
-    """The same ascent with the gradient set to zero outside ``mask``: only that part is perturbed.
+    """The same ascent with gradient and direction set to zero outside ``mask``: only that part is perturbed.
 
-    The norm runs over the chosen part alone.
+    The norm of the gradient runs over the chosen part alone.
 
     Args:
-      ascent: the ascent to restrict; it must map zero gradients to zero directions.
+      ascent: the ascent to restrict.
       mask: a prefix of params with bool leaves, or a function from params to one. True: perturbed.
 
     Raises:
@@ -132,10 +138,18 @@ def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
       perturbing the normalization layers alone.
     """
 
-    def apply(grads: Any, state: Any, params: Any) -> tuple[Any, Any]:
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         which = broadcast_mask("mask", mask, params)
-        chosen = jax.tree.map(lambda g, is_in: g if is_in else jnp.zeros_like(g), grads, which)
-        return ascent.apply(chosen, state, params)
+
+        def chosen(tree: Any) -> Any:
+            return jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.zeros_like(leaf), tree, which)
+
+        def chosen_gradient_fn(point: Any) -> Any:
+            assert gradient_fn is not None
+            return chosen(gradient_fn(point))
+
+        direction, new_state = ascent.apply(chosen(grads), state, params, chosen_gradient_fn)
+        return chosen(direction), new_state
 
     return Ascent(ascent.init, apply)
 
@@ -155,6 +169,7 @@ def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
     return full
 
 
-def _no_state(params: Any) -> tuple[()]:
+def no_state(params: Any) -> tuple[()]:
+    """The initial state of an ascent that has none."""
     del params
     return ()

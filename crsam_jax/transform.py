@@ -18,6 +18,7 @@ from crsam_jax._checks import (
     check_gradient,
     check_hyperparameter,
     check_params,
+    value_at,
 )
 from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.ascent import Ascent, Mask, gradient_ascent, masked_ascent
@@ -156,8 +157,8 @@ def sharpness_aware(
         check_params(params)
         check_gradient(updates, params)
         dtype = _tree.wide_dtype(params)
-        radius = _at(rho, state.count, dtype)
-        hyperparams = {name: _at(value, state.count, dtype) for name, value in penalty.hyperparams.items()}
+        radius = value_at(rho, state.count, dtype)
+        hyperparams = {name: value_at(value, state.count, dtype) for name, value in penalty.hyperparams.items()}
         direction, ascent_state = ascent.apply(updates, state.ascent, params)
         gradient, diagnostics = _step(
             bind(extra_args), penalty, hyperparams, updates, params, direction, radius, evaluation, axis_name
@@ -261,10 +262,6 @@ def _accumulated(before: Diagnostics, now: Diagnostics) -> Diagnostics:
         if name in values:
             values[name] = getattr(before, name) + values[name]
     return type(before)(**values)
-
-
-def _at(value: ScalarOrSchedule, count: jax.Array, dtype: np.dtype) -> jax.Array:
-    return jnp.asarray(value(count) if callable(value) else value, dtype)
 
 
 def _checked_ascent(ascent: Ascent | None) -> Ascent:

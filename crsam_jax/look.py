@@ -1,0 +1,107 @@
+"""LookSAM: pay every k steps, and reuse what was found on the steps between."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from crsam_jax import _tree
+from crsam_jax._checks import check_number
+from crsam_jax.policies import check_period, choose
+
+
+class LookState(NamedTuple):
+    """State of :func:`look`.
+
+    Attributes:
+      steps: int32, steps so far.
+      full_steps: int32, how many of them were full.
+      period: int32, k.
+      orthogonal: unit vector along the part of the latest full result that is orthogonal to its g; a tree like
+        params in at least float32.
+      inner_state: of the wrapped transformation.
+    """
+
+    steps: jax.Array
+    full_steps: jax.Array
+    period: jax.Array
+    orthogonal: Any
+    inner_state: Any
+
+    def is_due(self, grads: Any) -> jax.Array:
+        """Whether the next step is full; the gradient does not matter."""
+        del grads
+        return self.steps % self.period == 0
+
+
+def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -> optax.GradientTransformationExtraArgs:
+    """LookSAM: between the full steps, reuse the part of the latest full result that is orthogonal to its g.
+
+    With r the result of the full step, the direction kept is r_v = r − (⟨g, r⟩/‖g‖²) g; the k − 1 steps after it
+    return g + strength · ‖g‖ r_v/‖r_v‖. Norms and dot products run over the whole tree. Costs one vector of the size
+    of params.
+
+    Args:
+      tx: a member of the family; the paper's is :func:`crsam_jax.sam`.
+      k: the period, an integer ≥ 1. k = 1 is ``tx`` itself.
+      strength: the paper's α ≥ 0, a number.
+
+    Returns:
+      A transformation that also takes ``full_step`` at ``update``, see :func:`periodic`.
+
+    Raises:
+      TypeError, ValueError: if k is not an integer ≥ 1, or strength is negative or not finite.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, crsam_jax
+      >>> loss_fn = lambda w: 0.5 * (w[0] ** 2 + 3 * w[1] ** 2)
+      >>> tx = crsam_jax.look(crsam_jax.sam(loss_fn, rho=0.5), k=2, strength=1.0)
+      >>> w = jnp.array([3.0, 1.0])  # g = [3, 3], g⁺ ∝ [6 + √½, 6 + 3√½]
+      >>> state = tx.init(w)
+      >>> full, state = tx.update(jax.grad(loss_fn)(w), state, w)
+      >>> reused, state = tx.update(jax.grad(loss_fn)(w), state, w)
+      >>> print(reused[1])  # of [3, 3] + √18 · [-√½, √½] = [0, 6]
+      6.0
+
+    References:
+      Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714,
+      algorithm 1, whose gradient and projection are global; known codes take norms per tensor or per element.
+    """
+    check_period(k)
+    check_number("strength", strength)
+    inner = optax.with_extra_args_support(tx)
+
+    def init(params: Any) -> LookState:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _tree.wide_dtype(p)), params)
+        return LookState(
+            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(k, jnp.int32), zeros, inner.init(params)
+        )
+
+    def update(
+        updates: Any, state: LookState, params: Any = None, *, full_step: bool | None = None, **extra_args: Any
+    ) -> tuple[Any, LookState]:
+        def full() -> tuple[Any, Any, Any]:
+            result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
+            along = _tree.unit(updates)
+            projection = _tree.dot(along, result)
+            rest = _tree.wide_map(lambda r, u: r - projection * u, result, along)
+            return result, _tree.cast_like(_tree.unit(rest), state.orthogonal), inner_state
+
+        def reuse() -> tuple[Any, Any, Any]:
+            length = strength * _tree.norm(updates)
+            moved = _tree.wide_map(lambda g, u: g + length * u, updates, state.orthogonal)
+            result = _tree.select(_tree.all_finite(updates), _tree.cast_like(moved, updates), updates)
+            return result, state.orthogonal, state.inner_state
+
+        due = state.is_due(updates) if full_step is None else full_step
+        result, orthogonal, inner_state = choose(due, full, reuse)
+        return result, LookState(
+            steps=optax.safe_increment(state.steps),
+            full_steps=state.full_steps + jnp.asarray(due, jnp.int32),
+            period=state.period,
+            orthogonal=orthogonal,
+            inner_state=inner_state,
+        )
+
+    return optax.GradientTransformationExtraArgs(init, update)
