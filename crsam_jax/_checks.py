@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
@@ -22,7 +23,7 @@ def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     if isinstance(value, jax.core.Tracer):
         return
     try:
-        if isinstance(value, (bool, str)):
+        if isinstance(value, (bool, str)) or np.ndim(value):
             raise TypeError
         number = float(value)
     except (TypeError, ValueError) as error:
