@@ -12,41 +12,50 @@ from crsam_jax._crsam import crsam, crsam_gradient
 from crsam_jax.adaptive_policy import AdaptivePolicyState, adaptive_policy
 from crsam_jax.alias import asam, gradient_norm_penalty, gsam, sam, wsam
 from crsam_jax.ascent import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
+from crsam_jax.decoupled import DecoupledWsamState, decoupled_wsam
+from crsam_jax.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
 from crsam_jax.look import LookState, look
-from crsam_jax.penalties import Penalty, Term
+from crsam_jax.noisy_ascent import dropped_ascent, smoothed_ascent
+from crsam_jax.penalties import Penalty, Step, one_sided_penalty
 from crsam_jax.policies import PeriodicState, is_full_step, periodic
 from crsam_jax.probes import Evaluation
-from crsam_jax.transform import (
-    OneSidedDiagnostics,
-    SharpnessAwareState,
-    TwoSidedDiagnostics,
-    sharpness_aware,
-)
+from crsam_jax.random_probes import random_probes
+from crsam_jax.running_ascent import friendly_ascent, momentum_ascent
+from crsam_jax.transform import SharpnessAwareState, sharpness_aware
 
 __all__ = [
     "AdaptivePolicyState",
     "Ascent",
+    "DecoupledWsamState",
     "Evaluation",
     "LookState",
     "OneSidedDiagnostics",
     "Penalty",
     "PeriodicState",
+    "RandomProbesDiagnostics",
     "SharpnessAwareState",
-    "Term",
+    "Step",
     "TwoSidedDiagnostics",
     "adaptive_ascent",
     "adaptive_policy",
     "asam",
     "crsam",
     "crsam_gradient",
+    "decoupled_wsam",
+    "dropped_ascent",
+    "friendly_ascent",
     "gradient_ascent",
     "gradient_norm_penalty",
     "gsam",
     "is_full_step",
     "look",
     "masked_ascent",
+    "momentum_ascent",
+    "one_sided_penalty",
     "periodic",
+    "random_probes",
     "sam",
     "sharpness_aware",
+    "smoothed_ascent",
     "wsam",
 ]

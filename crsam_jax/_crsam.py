@@ -6,11 +6,13 @@ from typing import Any
 import jax
 import optax
 
-from crsam_jax import penalties
 from crsam_jax._checks import ScalarOrSchedule
 from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.ascent import Ascent, Mask
-from crsam_jax.transform import Diagnostics, sharpness_aware
+from crsam_jax.curvature_penalty import curvature_penalty
+from crsam_jax.diagnostics import Diagnostics
+from crsam_jax.random_probes import RandomProbes, random_curvature_penalty
+from crsam_jax.transform import sharpness_aware
 
 
 def crsam(
@@ -22,10 +24,13 @@ def crsam(
     penalty: str = "log",
     offset: ScalarOrSchedule = 1.0,
     max_penalty_ratio: ScalarOrSchedule | None = None,
+    differences: str = "losses",
+    probes: RandomProbes | None = None,
     ascent: Ascent | None = None,
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CR-SAM: sharpness-aware minimization with a penalty on the normalized Hessian trace.
@@ -71,6 +76,11 @@ def crsam(
       offset: δ ≥ 0 in the logarithms, in units of the loss.
       max_penalty_ratio: κ ≥ 0; the penalty's gradient is scaled down to at most κ‖g⁺‖, norms over the whole
         tree. ``None``: no bound.
+      differences: ``"losses"``: S and D are differences of losses, as in the paper; ``"gradients"``: S is
+        (ρ/2)⟨v, g⁺ − g⁻⟩ and D is ρ⟨v, g⁺ + g⁻⟩ (trapezoid rule), for losses that ``loss_fn`` itself rounds to
+        half precision, where a difference of losses is noise.
+      probes: ``None``: the penalty looks along v, as the paper's algorithm does; :func:`random_probes`: along
+        random directions, as its eq. 7 does. The logarithmic penalty and differences of losses only.
       ascent: the rule for v; ``None`` is :func:`gradient_ascent`, the paper's.
       evaluation: ``"vmap"``: both probes in one batched evaluation; ``"sequential"``: two plain evaluations,
         which the compiler may overlap; ``"ordered"``: strictly one after the other, for the least memory;
@@ -81,6 +91,11 @@ def crsam(
         (BatchNorm statistics) to keep is that of the caller's own pass at w.
       axis_name: axis of ``shard_map`` or ``pmap`` over which losses and gradients of the probes are averaged; the
         incoming gradient must be averaged already. Not needed under ``jit`` with sharded arrays.
+      sync_perturbation: under ``axis_name``: ``True``: one perturbation for all, from averaged gradients.
+        ``False``, the m-sharpness of SAM: the incoming gradients are those of each part of the batch, not
+        averaged; every part has its own v, S, D and guards, and the results are averaged at the end, with the
+        diagnostics (``guarded_steps`` counts a step if any part did). On one device,
+        ``jax.vmap(..., axis_name=...)`` over parts of the batch does it.
       mask: which part of the params to perturb: a prefix of params with bool leaves, or a function from
         params to one (declare that static under ``optax.inject_hyperparams``). The gradient returned covers
         all of them.
@@ -122,10 +137,25 @@ def crsam(
       Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization", AAAI 2024,
       arXiv 2312.13555, eq. 5-7, theorem 1 and algorithm 1.
     """
-    term = penalties.curvature(penalty, alpha, beta, offset, max_penalty_ratio)
+    if probes is None:
+        term = curvature_penalty(penalty, alpha, beta, offset, max_penalty_ratio, differences)
+    else:
+        _check_random_probes(probes, penalty, differences)
+        term = random_curvature_penalty(probes, alpha, beta, offset, max_penalty_ratio, mask)
     return sharpness_aware(
-        loss_fn, term, rho, ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask
-    )
+        loss_fn, term, rho, ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
+    )  # fmt: skip
+
+
+def _check_random_probes(probes: RandomProbes, penalty: str, differences: str) -> None:
+    if not isinstance(probes, RandomProbes):
+        raise TypeError(f"probes must be None or crsam_jax.random_probes(...), got {probes!r}.")
+    if penalty != "log" or differences != "losses":
+        raise ValueError(
+            "Random probes go with penalty='log' and differences='losses'. The linear form has no meaning for them: "
+            f"the expectation of D is zero. Got penalty={penalty!r}, differences={differences!r}."
+        )
 
 
 def crsam_gradient(
@@ -137,10 +167,13 @@ def crsam_gradient(
     penalty: str = "log",
     offset: float = 1.0,
     max_penalty_ratio: float | None = None,
+    differences: str = "losses",
+    probes: RandomProbes | None = None,
     ascent: Ascent | None = None,
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> Callable[..., tuple[Any, Diagnostics]]:
     """CR-SAM's gradient as a pure function, for those who write their own loop.
@@ -154,10 +187,13 @@ def crsam_gradient(
       penalty: ``"log"`` or ``"linear"``.
       offset: δ.
       max_penalty_ratio: κ.
+      differences: ``"losses"`` or ``"gradients"``.
+      probes: ``None`` or :func:`random_probes`.
       ascent: the rule for v.
       evaluation: how the probes are evaluated.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis to average over.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -184,7 +220,8 @@ def crsam_gradient(
             raise TypeError(f"{name} must be a number here, got {value!r}: there is no step count for a schedule.")
     tx = crsam(
         loss_fn, rho, alpha, beta, penalty=penalty, offset=offset, max_penalty_ratio=max_penalty_ratio,
-        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        differences=differences, probes=probes, ascent=ascent, evaluation=evaluation, has_aux=has_aux,
+        axis_name=axis_name, sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
     bind = LossBinder(loss_fn, has_aux)
 

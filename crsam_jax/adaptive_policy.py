@@ -47,7 +47,8 @@ def adaptive_policy(
     """AE-SAM's rule: a full step where ‖g‖² is large for its running mean and variance, else the plain gradient.
 
     With s = ‖g‖², μ ← d μ + (1−d) s, then σ² ← d σ² + (1−d) (s−μ)²; the step is full if s ≥ μ + c σ. μ and σ²
-    begin at 0, so that the first steps are full. A gradient that is not finite passes through and leaves μ and σ² as they are.
+    begin at 0, so that the first steps are full. A gradient that is not finite passes through and leaves μ and σ² as
+    they are.
 
     Args:
       tx: a member of the family.

@@ -21,6 +21,7 @@ def sam(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """SAM: the gradient at the point of steepest ascent, g⁺ = ∇L(w + ρ g/‖g‖).
@@ -32,6 +33,7 @@ def sam(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -56,7 +58,8 @@ def sam(
     """
     return sharpness_aware(
         loss_fn, penalties.sharpness(), rho,
-        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
 
 
@@ -69,6 +72,7 @@ def asam(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """ASAM: ∇L(w + ρ T² g/‖T g‖) with T = diag(|w| + η), invariant to rescaling of the weights.
@@ -81,6 +85,7 @@ def asam(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -105,7 +110,8 @@ def asam(
     """
     return sharpness_aware(
         loss_fn, penalties.sharpness(), rho,
-        ascent=adaptive_ascent(eta, adaptive), evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        ascent=adaptive_ascent(eta, adaptive), evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
 
 
@@ -118,6 +124,7 @@ def wsam(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """WSAM, coupled: (1−a) g + a g⁺ with a = γ/(1−γ), the gradient of L + a (L_SAM − L).
@@ -132,6 +139,7 @@ def wsam(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -156,7 +164,8 @@ def wsam(
     """
     return sharpness_aware(
         loss_fn, penalties.weighted_sharpness(gamma), rho,
-        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
 
 
@@ -169,6 +178,7 @@ def gsam(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """GSAM: g⁺ − α (g − ⟨g, g⁺⟩ g⁺/‖g⁺‖²), which also closes the surrogate gap L⁺ − L.
@@ -183,6 +193,7 @@ def gsam(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -207,7 +218,8 @@ def gsam(
     """
     return sharpness_aware(
         loss_fn, penalties.surrogate_gap(alpha), rho,
-        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
 
 
@@ -220,6 +232,7 @@ def gradient_norm_penalty(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gradient-norm penalty: (1−α) g + α g⁺ ≈ the gradient of L + λ‖∇L‖ with λ = αρ.
@@ -234,6 +247,7 @@ def gradient_norm_penalty(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -258,5 +272,6 @@ def gradient_norm_penalty(
     """
     return sharpness_aware(
         loss_fn, penalties.gradient_norm(alpha), rho,
-        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask,
+        ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip

@@ -32,13 +32,14 @@ def decoupled_wsam(
     evaluation: str = "auto",
     has_aux: bool = False,
     axis_name: str | None = None,
+    sync_perturbation: bool = True,
     mask: Mask | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """WSAM, decoupled: the base optimizer is fed g, then w ← w − η γ/(1−γ) (g⁺ − g).
 
-    The sharpness term sees neither momentum nor preconditioning, clipping or weight decay. This is a whole optimizer, not
-    a stage before one: it returns updates to add to params. With plain SGD of the same learning rate it equals
-    :func:`crsam_jax.wsam` in front of it. Where the probe fails, the sharpness term is left out.
+    The sharpness term sees neither momentum nor preconditioning, clipping or weight decay. This is a whole
+    optimizer, not a stage before one: it returns updates to add to params. With plain SGD of the same learning rate
+    it equals :func:`crsam_jax.wsam` in front of it. Where the probe fails, the sharpness term is left out.
 
     Args:
       loss_fn: ``loss_fn(params, **kwargs) -> loss``, see :func:`crsam_jax.crsam`.
@@ -50,6 +51,7 @@ def decoupled_wsam(
       evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
 
     Returns:
@@ -73,7 +75,16 @@ def decoupled_wsam(
     """
     check_hyperparameter("learning_rate", learning_rate)
     check_hyperparameter("gamma", gamma, below=1)
-    plus = sam(loss_fn, rho, ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name, mask=mask)
+    plus = sam(
+        loss_fn,
+        rho,
+        ascent=ascent,
+        evaluation=evaluation,
+        has_aux=has_aux,
+        axis_name=axis_name,
+        sync_perturbation=sync_perturbation,
+        mask=mask,
+    )
     base = optax.with_extra_args_support(base_optimizer)
 
     def init(params: Any) -> DecoupledWsamState:

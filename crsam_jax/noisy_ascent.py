@@ -39,8 +39,9 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 
     References:
       Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022. Verified from its abstract: the loss is
-      smoothed by a random perturbation and the ascent step is taken from there. Not verified, for want of the paper's body: that
-      the noise stays in the perturbation, the role of λ, and the noise's scale, which is a convention of this library.
+      smoothed by a random perturbation and the ascent step is taken from there. Not verified, for want of the
+      paper's body: that the noise stays in the perturbation, the role of λ, and the noise's scale, which is a
+      convention of this library.
     """
     check_number("sigma", sigma)
     check_number("weight", weight)
@@ -48,7 +49,7 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn) -> tuple[Any, Any]:
         del grads
-        noise = jax.tree.map(_relative_to_filters, _normal_like(seed, state, params), params)
+        noise = jax.tree.map(_relative_to_filters, normal_like(seed, state, params), params)
         noise = jax.tree.map(lambda leaf: sigma * leaf, noise)
         smoothed = jax.tree.map(lambda w, delta: (w + delta).astype(jnp.result_type(w)), params, noise)
         combined = _tree.wide_map(lambda delta, g: delta + weight * g, noise, gradient_fn(smoothed))
@@ -81,9 +82,7 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
       Du et al., "Efficient Sharpness-aware Minimization for Improved Training of Neural Networks", ICLR 2022,
       arXiv 2110.03141. The authors' code drops whole tensors instead of elements.
     """
-    check_number("keep", keep)
-    if not isinstance(keep, jax.core.Tracer) and not 0 < keep <= 1:
-        raise ValueError(f"keep must be in (0, 1], got {keep}.")
+    check_number("1 - keep", 1 - keep, below=1)
     check_seed(seed)
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
@@ -95,12 +94,8 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
     return Ascent(_count, apply)
 
 
-def random_unit_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
-    """A direction drawn uniformly from the unit sphere, over the whole tree, in at least float32."""
-    return _tree.unit(_normal_like(seed, count, params))
-
-
-def _normal_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
+def normal_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
+    """Independent standard normal numbers in the shapes of params, in at least float32."""
     return optax.tree.random_like(_key(seed, count), _tree.widen(params), jax.random.normal)
 
 

@@ -49,6 +49,17 @@ def evaluate(loss: Loss, points: Sequence[Any], evaluation: str, axis_name: str 
     return evaluations
 
 
+def synced(tree: Any, axis_name: str) -> Any:
+    """The mean of each floating leaf over the axis; a flag that is set anywhere is set; integers are alike already."""
+
+    def sync(leaf: jax.Array) -> jax.Array:
+        if jnp.issubdtype(leaf.dtype, jnp.floating):
+            return jax.lax.pmean(leaf, axis_name)
+        return jax.lax.pmax(leaf.astype(jnp.int32), axis_name).astype(leaf.dtype)
+
+    return jax.tree.map(lambda leaf: sync(jnp.asarray(leaf)), tree)
+
+
 def perturb(params: Any, direction: Any, length: jax.Array) -> Any:
     """The point w + length · v, summed in at least float32 and rounded to the dtypes of params."""
     moved = _tree.wide_map(lambda w, v: w + length.astype(w.dtype) * v.astype(w.dtype), params, direction)

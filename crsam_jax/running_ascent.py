@@ -13,9 +13,9 @@ from crsam_jax.ascent import Ascent, GradientFn
 def momentum_ascent(decay: float = 0.9) -> Ascent:
     """Momentum-SAM's direction: v = −b/‖b‖ with b ← μ b + g, the momentum buffer before this step.
 
-    The minus sign is the paper's: it perturbs along the step that momentum takes, as Nesterov's method does. The first step has
-    no buffer and is not perturbed. Here b collects the gradients at w that the transformation is fed with; the
-    paper collects those at the perturbed point, and so needs one evaluation a step where this needs two.
+    The minus sign is the paper's: it perturbs along the step that momentum takes, as Nesterov's method does. The
+    first step has no buffer and is not perturbed. Here b collects the gradients at w that the transformation is
+    fed with; the paper collects those at the perturbed point, and so needs one evaluation a step where this needs two.
 
     Args:
       decay: μ in [0, 1), that of the momentum.

@@ -117,7 +117,7 @@ def test_directions_of_half_precision_are_in_float32(ascent):
 
 
 def test_an_ascent_of_ones_own_carries_its_state_through_the_transformation():
-    def apply(grads, state, params):
+    def apply(grads, state, params, gradient_fn):
         momentum = jax.tree.map(lambda m, g: 0.5 * m + g, state, grads)
         return gradient_ascent().apply(momentum, (), params)[0], momentum
 
