@@ -69,7 +69,7 @@ def perturb(params: Any, direction: Any, length: jax.Array) -> Any:
 def _evaluate_here(value_and_grad: Callable[[Any], Any], points: Sequence[Any], evaluation: str) -> list[Evaluation]:
     def vmapped(*points: Any) -> list[Evaluation]:
         stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *points)
-        together = Evaluation(*jax.vmap(value_and_grad)(stacked))
+        together = Evaluation(*jax.vmap(value_and_grad, axis_size=len(points))(stacked))
         return [jax.tree.map(operator.itemgetter(i), together) for i in range(len(points))]
 
     def sequential(*points: Any) -> list[Evaluation]:
@@ -112,7 +112,9 @@ def _varying(params: Any, axis_name: str) -> Any:
     """
 
     def cast(leaf: jax.Array) -> jax.Array:
-        if axis_name in jax.typeof(leaf).vma:
+        kind: Any = jax.typeof(leaf)
+        varying = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # renamed during jax 0.10
+        if axis_name in varying:
             return leaf
         return jax.lax.pcast(leaf, axis_name, to="varying")
 
