@@ -10,7 +10,7 @@
 
 from crsam_jax._crsam import crsam, crsam_gradient
 from crsam_jax.adaptive_policy import AdaptivePolicyState, adaptive_policy
-from crsam_jax.alias import asam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax.alias import asam, gradient_norm_penalty, gsam, rsam, sam, wsam
 from crsam_jax.ascent import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
 from crsam_jax.decoupled import DecoupledWsamState, decoupled_wsam
 from crsam_jax.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
@@ -21,6 +21,7 @@ from crsam_jax.policies import PeriodicState, is_full_step, periodic
 from crsam_jax.probes import Evaluation
 from crsam_jax.random_probes import random_probes
 from crsam_jax.running_ascent import friendly_ascent, momentum_ascent
+from crsam_jax.sparse_ascent import SparseState, dynamic_sparse_ascent, largest_fraction, sparse_ascent
 from crsam_jax.transform import SharpnessAwareState, sharpness_aware
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "PeriodicState",
     "RandomProbesDiagnostics",
     "SharpnessAwareState",
+    "SparseState",
     "Step",
     "TwoSidedDiagnostics",
     "adaptive_ascent",
@@ -43,19 +45,23 @@ __all__ = [
     "crsam_gradient",
     "decoupled_wsam",
     "dropped_ascent",
+    "dynamic_sparse_ascent",
     "friendly_ascent",
     "gradient_ascent",
     "gradient_norm_penalty",
     "gsam",
     "is_full_step",
+    "largest_fraction",
     "look",
     "masked_ascent",
     "momentum_ascent",
     "one_sided_penalty",
     "periodic",
     "random_probes",
+    "rsam",
     "sam",
     "sharpness_aware",
     "smoothed_ascent",
+    "sparse_ascent",
     "wsam",
 ]

@@ -10,6 +10,7 @@ from crsam_jax import penalties
 from crsam_jax._checks import ScalarOrSchedule
 from crsam_jax._loss import LossFn
 from crsam_jax.ascent import Ascent, Mask, adaptive_ascent
+from crsam_jax.noisy_ascent import smoothed_ascent
 from crsam_jax.transform import sharpness_aware
 
 
@@ -111,6 +112,62 @@ def asam(
     return sharpness_aware(
         loss_fn, penalties.sharpness(), rho,
         ascent=adaptive_ascent(eta, adaptive), evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
+        sync_perturbation=sync_perturbation, mask=mask,
+    )  # fmt: skip
+
+
+def rsam(
+    loss_fn: LossFn,
+    rho: ScalarOrSchedule = 0.05,
+    sigma: float = 0.05,
+    weight: float = 1.0,
+    seed: int = 0,
+    *,
+    evaluation: str = "auto",
+    has_aux: bool = False,
+    axis_name: str | None = None,
+    sync_perturbation: bool = True,
+    mask: Mask | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """R-SAM: the ascent direction is taken at a randomly smoothed point, v ∝ Δ + λ ∇L(w+Δ), then ∇L(w + ρv).
+
+    One more evaluation than SAM, three in all.
+
+    Args:
+      loss_fn: ``loss_fn(params, **kwargs) -> loss``, see :func:`crsam_jax.crsam`.
+      rho: ρ ≥ 0, a number or schedule.
+      sigma: σ ≥ 0, size of the noise Δ relative to the weights, see :func:`crsam_jax.smoothed_ascent`, which also says
+        what of the paper could be verified. σ = 0 is SAM.
+      weight: λ > 0, weight of the gradient against the noise.
+      seed: an integer; the noise depends on it and on the step alone.
+      evaluation: accepted for uniformity; one probe is evaluated alike in all strategies.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      axis_name: mapped axis over which the probe is averaged.
+      sync_perturbation: whether all of the mapped axis share one perturbation.
+      mask: which part of the params to perturb.
+
+    Returns:
+      A transformation from g to g⁺, same structure and dtypes.
+
+    Raises:
+      TypeError, ValueError: as :func:`crsam_jax.crsam`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from crsam_jax import rsam
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(w**2)
+      >>> tx = rsam(loss_fn, rho=0.5, sigma=0.1, seed=1)
+      >>> w = jnp.array([3.0, 4.0])
+      >>> gradient, _ = tx.update(jax.grad(loss_fn)(w), tx.init(w), w)
+      >>> print(jnp.linalg.norm(gradient - w))  # the perturbation's length is ρ
+      0.5
+
+    References:
+      Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022; the baseline of table 2 of the CR-SAM paper.
+    """
+    return sharpness_aware(
+        loss_fn, penalties.sharpness(), rho,
+        ascent=smoothed_ascent(sigma, weight, seed), evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
         sync_perturbation=sync_perturbation, mask=mask,
     )  # fmt: skip
 

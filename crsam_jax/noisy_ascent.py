@@ -87,7 +87,7 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        uniform = optax.tree.random_like(_key(seed, state), grads, jax.random.uniform, dtype=jnp.float32)
+        uniform = uniform_like(seed, state, grads)
         kept = jax.tree.map(lambda g, u: jnp.where(u < keep, g, 0), grads, uniform)
         return jax.tree.map(lambda leaf: leaf / keep, _tree.unit(kept)), optax.safe_increment(state)
 
@@ -97,6 +97,11 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
 def normal_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
     """Independent standard normal numbers in the shapes of params, in at least float32."""
     return optax.tree.random_like(_key(seed, count), _tree.widen(params), jax.random.normal)
+
+
+def uniform_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
+    """Independent uniform numbers in [0, 1) in the shapes of params, in float32."""
+    return optax.tree.random_like(_key(seed, count), params, jax.random.uniform, dtype=jnp.float32)
 
 
 def _relative_to_filters(noise: jax.Array, param: jax.Array) -> jax.Array:
