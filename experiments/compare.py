@@ -1,5 +1,7 @@
 """Methods × seeds under the same settings: metrics on disk as they come, then a table and a plot."""
 
+import dataclasses
+import difflib
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,9 +11,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from experiments import configs, plots, runs
+from experiments.methods import METHODS
 from experiments.training import EpochRecord, epochs_of, make_program, make_task, train
-
-LABELS = {"sgd": "SGD", "sgd-3x": "SGD, 3× the epochs", "sam": "SAM", "crsam": "CR-SAM"}
 
 # Column title, field of EpochRecord, decimals.
 _COLUMNS = (
@@ -19,6 +20,7 @@ _COLUMNS = (
     ("test loss", "test_loss", 3),
     ("‖∇L‖", "grad_norm", 3),
     ("vᵀHv", "curvature", 2),
+    ("evaluations per step", "evaluations_per_step", 1),
 )
 
 
@@ -32,6 +34,7 @@ def compare(config: configs.Digits, out: Path | None = None) -> Path:
       config: the settings.
       out: the folder for the results; ``None`` is a new one under results/.
     """
+    config = dataclasses.replace(config, methods=_resolved(config.methods))
     console = Console()
     folder = runs.new_folder("digits", out)
     runs.save_config(config, folder)
@@ -43,9 +46,10 @@ def compare(config: configs.Digits, out: Path | None = None) -> Path:
         console.print(f"[yellow]Interrupted: metrics so far are in {folder / 'metrics.csv'}.")
     complete = _complete(config, records)
     if complete:
+        labels = {name: METHODS[name].label for name in config.methods}
         table = summary(config, complete)
         (folder / "table.md").write_text(table)
-        plots.curves(complete, LABELS, folder / "curves.png")
+        plots.curves(complete, labels, folder / "curves.png")
         console.print(_rich_table(table))
         console.print(f"Metrics, table and curves: {folder}/metrics.csv, table.md, curves.png")
     return folder
@@ -62,10 +66,25 @@ def summary(config: configs.Digits, records: Sequence[EpochRecord]) -> str:
         last = [r for r in records if r.method == method and r.epoch == epochs_of(config, method)]
         if last:
             cells = [_mean_std([getattr(r, field) for r in last], digits) for _, field, digits in _COLUMNS]
-            lines.append(
-                "| " + " | ".join([LABELS[method], *cells, _relative_time(method, records), str(len(last))]) + " |"
-            )
+            cells = [METHODS[method].label, *cells, _relative_time(method, records), str(len(last))]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _resolved(names: Sequence[str]) -> tuple[str, ...]:
+    """The names of the methods, each checked; "all" stands for every one.
+
+    Raises:
+      ValueError: for an unknown name, with the close ones and the list.
+    """
+    if tuple(names) == ("all",):
+        return tuple(METHODS)
+    for name in names:
+        if name not in METHODS:
+            close = difflib.get_close_matches(name, METHODS)
+            hint = f" Did you mean {' or '.join(close)}?" if close else ""
+            raise ValueError(f"unknown method {name!r}.{hint} The methods are {', '.join(METHODS)}, or all.")
+    return tuple(dict.fromkeys(names))
 
 
 def _train_all(config: configs.Digits, folder: Path, console: Console, records: list[EpochRecord]) -> None:
@@ -85,7 +104,7 @@ def _train_all(config: configs.Digits, folder: Path, console: Console, records: 
                 for record in train(config, method, seed, task, programs[method]):
                     writer.write(record)
                     records.append(record)
-                    text = f"{LABELS[method]}, seed {seed}: test accuracy {record.test_accuracy:.1f} %"
+                    text = f"{METHODS[method].label}, seed {seed}: test accuracy {record.test_accuracy:.1f} %"
                     progress.update(bar, advance=1, description=text)
 
 

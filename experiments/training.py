@@ -14,6 +14,7 @@ import crsam_jax
 from experiments import configs
 from experiments.data import digits
 from experiments.data.dataset import Split
+from experiments.methods import METHODS, evaluations_per_step, settings_of
 from experiments.models.convnet import ConvNet
 
 
@@ -33,6 +34,8 @@ class EpochRecord(NamedTuple):
     """‖∇L‖ over the whole training set with its noisy labels."""
     curvature: float
     """vᵀHv along v = ∇L/‖∇L‖ over the whole training set."""
+    evaluations_per_step: float
+    """Gradient evaluations, the mean over the steps so far."""
     seconds_per_step: float
 
 
@@ -52,30 +55,17 @@ def make_task(config: configs.Digits, seed: int, evaluate_on: str = "test") -> T
 
 def epochs_of(config: configs.Digits, method: str) -> int:
     """Epochs that the method trains for."""
-    return 3 * config.epochs if method == "sgd-3x" else config.epochs
+    return METHODS[method].epochs * config.epochs
 
 
 def optimizer(
     config: configs.Digits, method: str, loss_fn: Callable[..., Any]
 ) -> optax.GradientTransformationExtraArgs:
     """The method as an optax chain: the sharpness-aware gradient first, then weight decay, momentum and step size."""
-    settings = {"sgd": config.sgd, "sgd-3x": config.sgd, "sam": config.sam, "crsam": config.crsam}[method]
     steps = epochs_of(config, method) * (config.train_examples // config.batch_size)
-    schedule = optax.cosine_decay_schedule(settings.learning_rate, steps)
+    schedule = optax.cosine_decay_schedule(settings_of(config, method).learning_rate, steps)
     base = optax.chain(optax.add_decayed_weights(config.weight_decay), optax.sgd(schedule, momentum=config.momentum))
-    match method:
-        case "sgd" | "sgd-3x":
-            return optax.with_extra_args_support(base)
-        case "sam":
-            return optax.chain(crsam_jax.sam(loss_fn, config.sam.rho, has_aux=True), base)
-        case "crsam":
-            c = config.crsam
-            first = crsam_jax.crsam(
-                loss_fn, c.rho, c.alpha, c.beta, penalty=c.penalty, offset=c.offset,
-                max_penalty_ratio=c.max_penalty_ratio, has_aux=True,
-            )  # fmt: skip
-            return optax.chain(first, base)
-    raise ValueError(f"unknown method {method!r}; the methods are {', '.join(configs.METHOD_NAMES)}.")
+    return optax.with_extra_args_support(METHODS[method].build(loss_fn, config, base, schedule))
 
 
 class Program(NamedTuple):
@@ -154,7 +144,8 @@ def train(config: configs.Digits, method: str, seed: int, task: Task, program: P
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"{method}, seed {seed}: the training loss is {train_loss} in epoch {epoch}.")
         measured = [float(value) for value in program.measure(params, model_state, task)]
-        yield EpochRecord(method, seed, epoch, train_loss, *measured, seconds_per_step=seconds)
+        evaluations = evaluations_per_step(method, opt_state)
+        yield EpochRecord(method, seed, epoch, train_loss, *measured, evaluations, seconds)
 
 
 def _batches(data: Any, batch_size: int, rng: np.random.Generator) -> Iterator[Any]:

@@ -12,8 +12,8 @@ from experiments import configs, runs
 from experiments.training import make_program, make_task, train
 
 _SEEDS = range(100, 105)  # seeds that the comparison does not use
-_LEARNING_RATES = (0.01, 0.03, 0.1)
-_RHOS = (0.1, 0.2, 0.4)
+_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
+_RHOS = (0.1, 0.2, 0.4, 0.8)
 _ALPHAS_BETAS = ((0.1, 0.01), (0.5, 0.1))
 
 
