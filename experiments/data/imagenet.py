@@ -122,7 +122,7 @@ def train_example(element: dict[str, Any], rng: np.random.Generator, *, image_si
     """From an encoded example to a random crop, flipped half of the time."""
     image = _decode(element["image"])
     box = random_box(rng, image.width, image.height)
-    pixels = np.asarray(image.resize((image_size, image_size), Image.Resampling.BILINEAR, box=box))
+    pixels = np.asarray(image.crop(box).resize((image_size, image_size), Image.Resampling.BILINEAR))
     return _example(pixels[:, ::-1] if rng.random() < 0.5 else pixels, element["label"])
 
 
@@ -150,7 +150,7 @@ class Padded:
         return self._source[index] if index < len(self._source) else {}
 
 
-def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[float, float, float, float]:
+def random_box(rng: np.random.Generator, width: int, height: int) -> tuple[int, int, int, int]:
     """An Inception-style crop: 8 to 100 % of the area, aspect ratio log-uniform in [3/4, 4/3].
 
     After ten sizes that do not fit, the largest central box whose ratio does.
