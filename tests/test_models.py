@@ -10,6 +10,9 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 from flax import nnx
 
 from experiments.models import build, parameter_count
+from experiments.models.layers import Layers
+from experiments.models.pyramidnet import PyramidBlock
+from experiments.models.resnet import BasicBlock, Bottleneck
 
 CIFAR, IMAGENET = (32, 32, 3), (224, 224, 3)
 
@@ -25,6 +28,10 @@ REDUCED = {
 
 def reduced(name, image_shape=(16, 16, 3), **changes):
     return build(name, 5, image_shape, nnx.Rngs(0), **(REDUCED[name] | changes))
+
+
+def layers():
+    return Layers(jnp.float32, jnp.float32, nnx.Rngs(0))
 
 
 def images(*shape, seed=0):
@@ -99,20 +106,18 @@ def test_forward_in_both_modes(name):
 
 
 def test_batch_norm_keeps_a_tenth_of_the_new_statistics():
-    model = reduced("resnet18")
-    x = images(8, 16, 16, 3)
-    stem = model.conv(x)
-    model.train()
-    model(x)
-    mean, variance = jnp.mean(stem, (0, 1, 2)), jnp.var(stem, (0, 1, 2))
-    np.testing.assert_allclose(model.norm.mean[...], 0.1 * mean, rtol=1e-4, atol=1e-6)
-    np.testing.assert_allclose(model.norm.var[...], 0.9 + 0.1 * variance, rtol=1e-4)
-    before = jax.tree.map(jnp.copy, nnx.state(model, nnx.BatchStat))
-    model.eval()
-    normalized = model.norm(stem)
-    expected = (stem - model.norm.mean[...]) / jnp.sqrt(model.norm.var[...] + 1e-5)
-    np.testing.assert_allclose(normalized, expected, rtol=1e-4, atol=1e-5)
-    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model, nnx.BatchStat))
+    norm = layers().batch_norm(3)
+    x = 2 + 3 * images(8, 4, 4, 3)
+    mean, variance = jnp.mean(x, (0, 1, 2)), jnp.var(x, (0, 1, 2))
+    norm.train()
+    np.testing.assert_allclose(norm(x), (x - mean) / jnp.sqrt(variance + 1e-5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(norm.mean[...], 0.1 * mean, rtol=1e-4)
+    np.testing.assert_allclose(norm.var[...], 0.9 + 0.1 * variance, rtol=1e-4)
+    mean, variance = jnp.copy(norm.mean[...]), jnp.copy(norm.var[...])
+    norm.eval()
+    np.testing.assert_allclose(norm(x), (x - mean) / jnp.sqrt(variance + 1e-5), rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(norm.mean[...], mean)
+    np.testing.assert_array_equal(norm.var[...], variance)
 
 
 @pytest.mark.parametrize("name", REDUCED)
@@ -127,11 +132,13 @@ def test_bfloat16_computes_with_float32_parameters_and_logits(name, monkeypatch)
     assert logits.dtype == jnp.float32
 
 
-def test_zero_init_makes_each_block_its_shortcut():
-    model = reduced("resnet50", zero_init_residual=True)
-    x = nnx.relu(images(2, 8, 8, 8))
-    block = model.blocks[0]
+@pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
+def test_zero_init_makes_each_block_its_shortcut(kind):
+    block = kind(layers(), inputs=4, features=2, stride=2, zero_init_residual=True)
+    x = images(2, 8, 8, 4)
     np.testing.assert_allclose(block(x), nnx.relu(block.shortcut(x)), atol=1e-6)
+    plain = kind(layers(), inputs=4, features=2, stride=2, zero_init_residual=False)
+    assert not np.allclose(plain(x), nnx.relu(plain.shortcut(x)), atol=1e-2)
 
 
 def test_the_stem_follows_the_image_size():
@@ -142,15 +149,20 @@ def test_the_stem_follows_the_image_size():
 
 
 def test_pyramid_shortcut_averages_and_pads_with_zeros():
-    model = reduced("pyramidnet110")
-    block = model.blocks[1]  # the first of the second stage
-    block.norm3.scale[...] = jnp.zeros_like(block.norm3.scale[...])  # leaves the shortcut alone
-    x = images(2, 8, 8, block.norm1.num_features)
+    block = PyramidBlock(layers(), inputs=3, outputs=5, stride=2)
+    block.norm3.scale[...] = jnp.zeros(5)  # leaves the shortcut alone
+    x = images(2, 8, 8, 3)
     y = block(x)
-    features = x.shape[-1]
-    assert y.shape[1:3] == (4, 4)
-    np.testing.assert_allclose(y[..., :features], x.reshape(2, 4, 2, 4, 2, -1).mean((2, 4)), rtol=1e-5, atol=1e-6)
-    np.testing.assert_array_equal(y[..., features:], 0)
+    assert y.shape == (2, 4, 4, 5)
+    np.testing.assert_allclose(y[..., :3], x.reshape(2, 4, 2, 4, 2, 3).mean((2, 4)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(y[..., 3:], 0)
+    odd = block(images(2, 7, 7, 3))  # the last row and column are averages of what is there
+    np.testing.assert_allclose(odd[:, 3, 3, :3], images(2, 7, 7, 3)[:, 6, 6], rtol=1e-5)
+
+
+def test_he_initialization_keeps_the_variance_of_the_gradient():
+    kernel = layers().conv(64, 96, 3).kernel[...]
+    assert float(jnp.var(kernel)) == pytest.approx(2 / (9 * 96), rel=0.02)
 
 
 @pytest.mark.parametrize("name", REDUCED)

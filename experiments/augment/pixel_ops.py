@@ -1,7 +1,7 @@
 """The three kinds of image operation that AutoAugment is made of, on one uint8 image [height, width, channels].
 
 Whole numbers throughout, so that every device computes the same bytes: those of the Python imaging library, with
-which the policy was found. (The library blends and stretches in floating point, and sometimes falls just below a whole number.)
+which the policy was found. (It blends and stretches in floating point, and may end just below a whole number.)
 """
 
 import jax
