@@ -1,0 +1,86 @@
+"""Augmentations of the paper, on the device: pure functions of a key and a batch, to be jitted with the step."""
+
+import difflib
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from experiments.augment.autoaugment import autoaugment
+from experiments.augment.basic import basic, cutout, random_crop, random_flip
+from experiments.augment.inception import inception_crop
+
+__all__ = [
+    "NAMES",
+    "augment",
+    "autoaugment",
+    "basic",
+    "cutout",
+    "inception_crop",
+    "normalize",
+    "random_crop",
+    "random_flip",
+]
+
+NAMES = ("none", "basic", "cutout", "autoaugment", "inception")
+
+
+def augment(
+    name: str,
+    key: jax.Array,
+    images: jax.Array,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    dtype: DTypeLike = jnp.float32,
+) -> jax.Array:
+    """Augments and normalizes a batch.
+
+    Args:
+      name: ``"none"``; ``"basic"`` (crop and flip); ``"cutout"`` (basic, then cutout of 16×16 pixels);
+        ``"autoaugment"`` (basic, then the CIFAR-10 policy); ``"inception"`` (Inception-style crop and flip).
+      key: of the random choices.
+      images: uint8 [batch, height, width, channels].
+      mean: of each channel, for pixels in [0, 1].
+      std: of each channel.
+      dtype: of the result.
+
+    Returns:
+      Normalized images of the same shape.
+
+    Raises:
+      ValueError: if there is no such augmentation.
+    """
+    first, second = jax.random.split(key)
+    match name:
+        case "none":
+            return normalize(images, mean, std, dtype)
+        case "basic":
+            return normalize(basic(first, images), mean, std, dtype)
+        case "cutout":
+            return cutout(second, normalize(basic(first, images), mean, std, dtype))
+        case "autoaugment":
+            return normalize(autoaugment(second, basic(first, images)), mean, std, dtype)
+        case "inception":
+            return normalize(random_flip(first, inception_crop(second, images)), mean, std, dtype)
+    close = difflib.get_close_matches(name, NAMES)
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(NAMES)}."
+    raise ValueError(f"There is no augmentation {name!r}: {hint}")
+
+
+def normalize(
+    images: jax.Array, mean: tuple[float, ...], std: tuple[float, ...], dtype: DTypeLike = jnp.float32
+) -> jax.Array:
+    """(images/255 − mean)/std, channel by channel; computed in float32 at least, returned in ``dtype``.
+
+    Raises:
+      TypeError: if the images are not uint8, and so perhaps normalized already.
+
+    Example:
+      >>> print(normalize(jnp.array([[[[0], [255]]]], jnp.uint8), mean=(0.5,), std=(0.25,)).ravel())
+      [-2.  2.]
+    """
+    if images.dtype != jnp.uint8:
+        raise TypeError(f"normalize takes uint8 images, got {images.dtype}.")
+    wide = jnp.promote_types(dtype, jnp.float32)
+    scale = 1 / (255 * jnp.asarray(std, wide))
+    return ((images.astype(wide) - 255 * jnp.asarray(mean, wide)) * scale).astype(dtype)

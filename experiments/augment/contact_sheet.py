@@ -1,0 +1,43 @@
+"""A picture of what each augmentation does."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.augment import NAMES, augment
+from experiments.data.dataset import Dataset
+
+
+def draw_contact_sheet(path: str | Path, dataset: Dataset, *, names: Sequence[str] = NAMES, seed: int = 0) -> None:
+    """Draws twelve training images, and below them what each augmentation makes of them in three tries.
+
+    Args:
+      path: of the picture to write; its suffix decides the format.
+      dataset: whose first training images to take.
+      names: augmentations, one block of rows each.
+      seed: of the random choices.
+    """
+    import matplotlib.pyplot as plt
+
+    images = jnp.asarray(dataset.train.images[:12])
+    rows = [(name, trial) for name in names for trial in range(1 if name == "none" else 3)]
+    figure, axes = plt.subplots(len(rows), len(images), figsize=(len(images), 1.05 * len(rows)), squeeze=False)
+    for (name, trial), row in zip(rows, axes, strict=True):
+        batch = augment(name, jax.random.key(seed + trial), images, dataset.mean, dataset.std)
+        for axis, pixels in zip(row, _displayable(batch, dataset), strict=True):
+            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set_xticks([])
+            axis.set_yticks([])
+        if trial == 0:
+            row[0].set_ylabel(name)
+    figure.tight_layout(pad=0.2)
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def _displayable(images: jax.Array, dataset: Dataset) -> np.ndarray:
+    pixels = np.asarray(images, np.float32) * np.asarray(dataset.std) + np.asarray(dataset.mean)
+    return np.clip(pixels, 0, 1)

@@ -1,0 +1,57 @@
+"""Prepared TFDS data sets as random-access sources, without TensorFlow."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+PROJECT_ROOT = Path(__file__).parents[2]
+
+# What has to be downloaded by hand before TFDS can prepare it.
+_BY_HAND = {
+    "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org, login required)",
+}
+
+
+def find_data_dir(data_dir: str | Path | None = None) -> Path:
+    """The folder of prepared data sets: the argument, else $TFDS_DATA_DIR, ../shared/tfds, ~/tensorflow_datasets."""
+    if data_dir is not None:
+        return Path(data_dir).expanduser()
+    if "TFDS_DATA_DIR" in os.environ:
+        return Path(os.environ["TFDS_DATA_DIR"]).expanduser()
+    beside = PROJECT_ROOT.parent / "shared" / "tfds"
+    return beside if beside.is_dir() else Path.home() / "tensorflow_datasets"
+
+
+def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
+    """The TFDS builder of a data set that has been prepared; never downloads.
+
+    Args:
+      name: of the data set, with its configuration if it has several: ``"imagenet2012_corrupted/fog_3"``.
+      data_dir: see :func:`find_data_dir`.
+
+    Returns:
+      The ``tfds.core.DatasetBuilder``.
+
+    Raises:
+      FileNotFoundError: saying what to run, or where to put the data, if it is not there.
+      ValueError: if it is there in a format without random access.
+    """
+    import tensorflow_datasets as tfds
+
+    folder = find_data_dir(data_dir)
+    builder = tfds.builder(name, data_dir=folder)
+    command = f"tfds build {name} --data_dir={folder} --file_format=array_record"
+    if not builder.is_prepared():
+        by_hand = _BY_HAND.get(name.partition("/")[0])
+        raise FileNotFoundError(
+            f"{name} is not in {folder}. If it is prepared elsewhere, set TFDS_DATA_DIR or the data directory to the "
+            "folder that holds it. To prepare it, on a machine with a network: pip install tensorflow, then\n"
+            f"  {command}" + (f"\nwith {by_hand} in {folder / 'downloads' / 'manual'}." if by_hand else "")
+        )
+    file_format = builder.info.file_format.value
+    if file_format != "array_record":
+        raise ValueError(
+            f"{name} in {folder} is stored as {file_format}, which cannot be read at random. Prepare it again:\n"
+            f"  {command}"
+        )
+    return builder
