@@ -22,6 +22,8 @@ import crsam_jax
 from experiments import configs
 from experiments.models.convnet import ConvNet
 
+_EVALUATIONS = ("sequential", "ordered", "vmap")
+
 
 class Program(NamedTuple):
     """A compiled function with its arguments, and how many times a measurement calls it."""
@@ -73,10 +75,7 @@ def _programs(config: configs.Benchmark) -> list[Program]:
     programs = [Program(f"{calls} × value_and_grad", evaluation, (params, kwargs), calls, calls) for calls in (1, 2, 3)]
     members = {
         "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
-        **{
-            f"crsam, {evaluation}": (crsam_jax.crsam(loss_fn, evaluation=evaluation, has_aux=True), 3)
-            for evaluation in ("sequential", "ordered", "vmap")
-        },
+        **{f"crsam, {how}": (crsam_jax.crsam(loss_fn, evaluation=how, has_aux=True), 3) for how in _EVALUATIONS},
     }
     for name, (tx, floor) in track(members.items(), description="compiling"):
         state = tx.init(params)

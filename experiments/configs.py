@@ -1,9 +1,13 @@
 """The settings of each experiment, as typed dataclasses whose fields are the command line's options."""
 
 import dataclasses
+import functools
 from typing import Literal
 
+import jax
 
+
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sgd:
     """SGD's settings, chosen by `python -m experiments tune digits`."""
@@ -12,6 +16,7 @@ class Sgd:
     """Peak of the cosine schedule."""
 
 
+@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Sam:
     """SAM's settings, chosen by `python -m experiments tune digits`."""
@@ -20,6 +25,11 @@ class Sam:
     rho: float = 0.2
 
 
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["learning_rate", "rho", "alpha", "beta"],
+    meta_fields=["penalty", "offset", "max_penalty_ratio"],
+)
 @dataclasses.dataclass(frozen=True)
 class CrSam:
     """CR-SAM's settings, chosen by `python -m experiments tune digits`."""
@@ -31,6 +41,9 @@ class CrSam:
     penalty: Literal["log", "linear"] = "log"
     offset: float = 1.0
     max_penalty_ratio: float | None = None
+
+
+Settings = Sgd | Sam | CrSam
 
 
 @dataclasses.dataclass(frozen=True)

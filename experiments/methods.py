@@ -5,6 +5,7 @@ learning rate and radius, the variants of CR-SAM take CR-SAM's, and what is left
 So a row among the relatives shows that a method trains and what it costs, not how good it can be.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -14,7 +15,6 @@ import crsam_jax as cj
 from experiments import configs
 
 LossFn = Callable[..., Any]
-Base = optax.GradientTransformation
 
 
 class Method(NamedTuple):
@@ -31,7 +31,9 @@ class Method(NamedTuple):
     label: str
     family: Literal["sgd", "sam", "crsam"]
     evaluations: int
-    build: Callable[[LossFn, configs.Digits, Base, optax.Schedule], optax.GradientTransformation]
+    build: Callable[
+        [LossFn, configs.Digits, optax.GradientTransformation, optax.Schedule], optax.GradientTransformation
+    ]
     epochs: int = 1
 
 
@@ -94,10 +96,15 @@ METHODS: dict[str, Method] = {
 }  # fmt: skip
 
 
-def settings_of(config: configs.Digits, name: str) -> configs.Sgd | configs.Sam | configs.CrSam:
+def settings_of(config: configs.Digits, name: str) -> configs.Settings:
     """The settings that a method takes from the configuration."""
-    family = METHODS[name].family
-    return {"sgd": config.sgd, "sam": config.sam, "crsam": config.crsam}[family]
+    settings: configs.Settings = getattr(config, METHODS[name].family)
+    return settings
+
+
+def with_settings(config: configs.Digits, name: str, settings: configs.Settings) -> configs.Digits:
+    """The configuration with other settings for the method's family."""
+    return dataclasses.replace(config, **{METHODS[name].family: settings})  # type: ignore[arg-type]
 
 
 def evaluations_per_step(name: str, opt_state: Any) -> float:

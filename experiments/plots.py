@@ -9,6 +9,7 @@ matplotlib.use("Agg")  # files only: no display is needed
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 from experiments.training import EpochRecord
 
@@ -47,7 +48,7 @@ def curves(records: Sequence[EpochRecord], labels: Mapping[str, str], path: Path
     plt.close(figure)
 
 
-def _line(axis: plt.Axes, records: Sequence[EpochRecord], field: str, label: str, color: str) -> None:
+def _line(axis: Axes, records: Sequence[EpochRecord], field: str, label: str, color: str) -> None:
     epochs = sorted({r.epoch for r in records})
     values = np.array([[getattr(r, field) for r in records if r.epoch == epoch] for epoch in epochs])
     mean, std = values.mean(axis=1), values.std(axis=1, ddof=1) if values.shape[1] > 1 else 0

@@ -14,7 +14,7 @@ import crsam_jax
 from experiments import configs
 from experiments.data import digits
 from experiments.data.dataset import Split
-from experiments.methods import METHODS, evaluations_per_step, settings_of
+from experiments.methods import METHODS, evaluations_per_step, settings_of, with_settings
 from experiments.models.convnet import ConvNet
 
 
@@ -74,7 +74,8 @@ class Program(NamedTuple):
     init: Callable[[int], tuple[Any, Any, Any]]
     """From a seed to params, the model's other state, and the optimizer's state."""
     step: Callable[..., tuple[Any, Any, Any, jax.Array]]
-    """From these and a batch to the next ones and the loss before the step."""
+    """From a method's settings, these and a batch to the next ones and the loss before the step. The numbers in
+    the settings are traced, so that a search over them compiles once."""
     measure: Callable[..., tuple[jax.Array, ...]]
     """From params, model state and a task to the numbers of an :class:`EpochRecord`, from train_accuracy on."""
 
@@ -103,16 +104,18 @@ def make_program(config: configs.Digits, method: str) -> Program:
         logits, _ = forward(params, model_state, images, is_training=False)
         return _cross_entropy(logits, labels), 100 * jnp.mean(jnp.argmax(logits, -1) == labels)
 
-    tx = optimizer(config, method, loss_fn)
     probe = crsam_jax.crsam_gradient(evaluation_loss, rho=config.probe_rho, alpha=0.0, beta=0.0, has_aux=True)
 
     def init(seed: int) -> tuple[Any, Any, Any]:
         # The model's other state is split off before the clean pass: all probes of a step start from the same one.
         _, params, model_state = nnx.split(make_model(seed), nnx.Param, ...)
-        return params, model_state, tx.init(params)
+        return params, model_state, optimizer(config, method, loss_fn).init(params)
 
     @jax.jit
-    def step(params: Any, model_state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+    def step(
+        settings: configs.Settings, params: Any, model_state: Any, opt_state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, jax.Array]:
+        tx = optimizer(with_settings(config, method, settings), method, loss_fn)
         (loss, new_model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
         updates, opt_state = tx.update(grads, opt_state, params, model_state=model_state, batch=batch)
         return optax.apply_updates(params, updates), new_model_state, opt_state, loss
@@ -121,7 +124,8 @@ def make_program(config: configs.Digits, method: str) -> Program:
     def measure(params: Any, model_state: Any, task: Task) -> tuple[jax.Array, ...]:
         _, train_accuracy = evaluation_loss(params, model_state, task.train)
         _, seen = probe(params, model_state=model_state, batch=task.train)
-        return train_accuracy, *evaluation_loss(params, model_state, task.test), seen.grad_norm, seen.curvature
+        test_loss, test_accuracy = evaluation_loss(params, model_state, task.test)
+        return train_accuracy, test_loss, test_accuracy, seen.grad_norm, seen.curvature
 
     return Program(init, step, measure)
 
@@ -133,19 +137,20 @@ def train(config: configs.Digits, method: str, seed: int, task: Task, program: P
       FloatingPointError: if the training loss is no longer finite.
     """
     params, model_state, opt_state = program.init(seed)
+    settings = settings_of(config, method)
     rng = np.random.default_rng(seed)
     for epoch in range(1, epochs_of(config, method) + 1):
         losses, start = [], time.perf_counter()
         for batch in _batches(task.train, config.batch_size, rng):
-            params, model_state, opt_state, loss = program.step(params, model_state, opt_state, batch)
+            params, model_state, opt_state, loss = program.step(settings, params, model_state, opt_state, batch)
             losses.append(loss)
         train_loss = float(jnp.mean(jnp.stack(losses)))  # waits for the epoch's last step
         seconds = (time.perf_counter() - start) / len(losses)
         if not np.isfinite(train_loss):
             raise FloatingPointError(f"{method}, seed {seed}: the training loss is {train_loss} in epoch {epoch}.")
         measured = [float(value) for value in program.measure(params, model_state, task)]
-        evaluations = evaluations_per_step(method, opt_state)
-        yield EpochRecord(method, seed, epoch, train_loss, *measured, evaluations, seconds)
+        values = (train_loss, *measured, evaluations_per_step(method, opt_state), seconds)
+        yield EpochRecord(method, seed, epoch, *values)
 
 
 def _batches(data: Any, batch_size: int, rng: np.random.Generator) -> Iterator[Any]:

@@ -9,7 +9,8 @@ from typing import NamedTuple
 from rich.progress import track
 
 from experiments import configs, runs
-from experiments.training import make_program, make_task, train
+from experiments.methods import with_settings
+from experiments.training import Program, make_program, make_task, train
 
 _SEEDS = range(100, 105)  # seeds that the comparison does not use
 _LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
@@ -33,16 +34,17 @@ def tune(config: configs.Digits, out: Path | None = None) -> Path:
     runs.save_config(config, folder)
     with runs.CsvWriter(folder / "trials.csv", Trial) as writer:
         for method, candidates in _candidates(config).items():
+            program = make_program(config, method)
             trials = []
             for settings in track(candidates, description=method):
-                trials.append(_trial(method, dataclasses.replace(config, **{method: settings})))
+                trials.append(_trial(method, with_settings(config, method, settings), program))
                 writer.write(trials[-1])
             print(max(trials, key=lambda trial: trial.accuracy))
     print(f"All trials: {folder / 'trials.csv'}")
     return folder
 
 
-def _candidates(config: configs.Digits) -> dict[str, list[configs.Sgd | configs.Sam | configs.CrSam]]:
+def _candidates(config: configs.Digits) -> dict[str, list[configs.Settings]]:
     sam_grid = itertools.product(_LEARNING_RATES, _RHOS)
     crsam_grid = itertools.product(_LEARNING_RATES, _RHOS, _ALPHAS_BETAS)
     return {
@@ -55,8 +57,7 @@ def _candidates(config: configs.Digits) -> dict[str, list[configs.Sgd | configs.
     }
 
 
-def _trial(method: str, config: configs.Digits) -> Trial:
-    program = make_program(config, method)
+def _trial(method: str, config: configs.Digits, program: Program) -> Trial:
     last = []
     for seed in _SEEDS:
         *_, record = train(config, method, seed, make_task(config, seed, evaluate_on="validation"), program)
