@@ -39,11 +39,11 @@ class MeanLoss:
 
     def value(self, params: Any) -> float:
         """L(w)."""
-        return float(self._mean(_value, params))
+        return float(self.mean(_value, params))
 
     def value_and_grad(self, params: Any) -> tuple[float, Any]:
         """L(w) and ∇L(w)."""
-        value, gradient = self._mean(_value_and_grad, params)
+        value, gradient = self.mean(_value_and_grad, params)
         return float(value), gradient
 
     def gradient(self, params: Any) -> Any:
@@ -52,9 +52,10 @@ class MeanLoss:
 
     def hvp(self, params: Any, vector: Any) -> Any:
         """∇²L(w) v, forward over reverse differentiation."""
-        return self._mean(_hvp, params, vector)
+        return self.mean(_hvp, params, vector)
 
-    def _mean(self, kernel: Callable[..., Any], *args: Any) -> Any:
+    def mean(self, kernel: Callable[..., Any], *args: Any) -> Any:
+        """The mean over examples of ``kernel(*args, batch, loss_fn=..., has_aux=...)``, a pytree, in one pass."""
         if isinstance(self._data, Mapping):  # one batch: nothing to weigh
             return _tree.widen(kernel(*args, dict(self._data), **self._settings))
         total, weights = None, 0.0

@@ -35,7 +35,7 @@ def load(module: str) -> Any:
 
 def run_eagerly(algorithm: Callable[..., Any], product: Product, *args: Any) -> Any:
     """``algorithm(product, *args)``, which may trace, batch and push forward through ``product``."""
-    disabled = jax.config.jax_disable_jit
+    disabled = jax.config.jax_disable_jit  # type: ignore[attr-defined]  # a flag with a context manager
 
     def restored(vector: jax.Array) -> jax.Array:
         with jax.disable_jit(disabled):
@@ -48,12 +48,12 @@ def run_eagerly(algorithm: Callable[..., Any], product: Product, *args: Any) -> 
 _product_p = Primitive("crsam_jax_product")
 
 
-@_product_p.def_impl
+@_product_p.def_impl  # type: ignore[untyped-decorator]
 def _run(vector: jax.Array, *, product: Product) -> jax.Array:
     return product(vector)
 
 
-@_product_p.def_abstract_eval
+@_product_p.def_abstract_eval  # type: ignore[untyped-decorator]
 def _abstract(vector: Any, *, product: Product) -> Any:
     del product
     return vector
@@ -66,10 +66,10 @@ def _batched(vectors: Sequence[Any], axes: Sequence[Any], *, product: Product) -
 
 def _pushed_forward(vectors: Sequence[Any], tangents: Sequence[Any], *, product: Product) -> tuple[Any, Any]:
     """The product is linear, so its derivative is itself."""
-    apply = lambda vector: _product_p.bind(vector, product=product)
-    return apply(vectors[0]), ad.Zero.from_primal_value(vectors[0]) if isinstance(tangents[0], ad.Zero) else apply(
-        tangents[0]
-    )
+    primal = _product_p.bind(vectors[0], product=product)
+    if isinstance(tangents[0], ad.Zero):
+        return primal, tangents[0]
+    return primal, _product_p.bind(tangents[0], product=product)
 
 
 batching.primitive_batchers[_product_p] = _batched
