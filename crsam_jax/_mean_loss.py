@@ -61,7 +61,9 @@ class MeanLoss:
         total, weights = None, 0.0
         for batch in iterate(self._data):
             weight = count_examples(self._data, batch, self._example_count)
-            total = _accumulated(total, kernel(*args, dict(batch), **self._settings), weight)
+            value = kernel(*args, dict(batch), **self._settings)
+            jax.block_until_ready(total)  # so that no more than two batches are under way
+            total = _accumulated(total, value, weight)
             weights += weight
         if weights == 0:
             raise ValueError("data holds no example: every batch counts as 0.")

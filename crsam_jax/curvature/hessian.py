@@ -108,7 +108,7 @@ def flat_hessian(
 
     def product(vector: jax.Array) -> jax.Array:
         nonlocal done
-        result: jax.Array = ravel_pytree(loss.hvp(params, unravel(vector)))[0]
+        result: jax.Array = jax.block_until_ready(ravel_pytree(loss.hvp(params, unravel(vector)))[0])
         done += 1
         if progress is not None:
             progress(done, total)

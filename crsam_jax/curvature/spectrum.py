@@ -156,7 +156,7 @@ def hessian_spectrum(
       grid: where to evaluate the density, an array; or a number of points, spread evenly over the range of the nodes,
         widened by four widths at both ends.
       width: standard deviation of the smoothing Gaussian, > 0, in units of the eigenvalues. None: 1 % of the range of
-        the nodes.
+        the nodes, at least 1e-4 of the largest of them in size; 1 if all are 0.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: the number of examples of a batch, as for :func:`gradient_norm`.
       progress: called as ``progress(done, total)`` after each Hessian-vector product.
@@ -205,8 +205,8 @@ def _quadrature(krylovs: list[Krylov], num_steps: int) -> tuple[Array, Array]:
 
 def _smoothed(nodes: Array, weights: Array, grid: int | Array, width: float | None) -> Spectrum:
     low, high = nodes.min(), nodes.max()
-    if width is None:  # of a spectrum that is one point, 1 % of its place
-        width = 0.01 * ((high - low) or abs(high) or 1.0)
+    if width is None:
+        width = max(0.01 * (high - low), 1e-4 * float(np.max(np.abs(nodes)))) or 1.0
     points = np.linspace(low - 4 * width, high + 4 * width, grid) if isinstance(grid, int) else grid
     densities = []
     for node, weight in zip(nodes, weights, strict=True):

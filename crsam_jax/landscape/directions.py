@@ -104,7 +104,7 @@ def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
         rest = _tree.unit(like_params(f"directions[{i}]", direction, _tree.widen(directions[0])))
         for _ in range(2):  # twice is enough
             for previous in found:
-                rest = jax.tree.map(lambda r, p, c=_tree.dot(rest, previous): r - c * p, rest, previous)
+                rest = _without(rest, previous)
         if not _tree.norm(rest) > 100 * jnp.finfo(_tree.wide_dtype(rest)).eps:
             raise ValueError(f"directions[{i}] is zero, not finite, or lies in the span of those before it.")
         found.append(_tree.unit(rest))
@@ -179,6 +179,12 @@ def gradient_direction(
     """
     params = widened_params(params)
     return _tree.unit(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params))
+
+
+def _without(tree: Any, unit: Any) -> Any:
+    """``tree`` less its component along ``unit``."""
+    component = _tree.dot(tree, unit)
+    return jax.tree.map(lambda x, u: x - component * u, tree, unit)
 
 
 def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, vectors: str) -> list[jax.Array]:

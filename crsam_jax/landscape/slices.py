@@ -127,7 +127,7 @@ def _losses_at(
         nonlocal done
         losses = []
         for chunk in chunks:
-            losses.append(_chunk_losses(params, directions, chunk, batch, **settings))
+            losses.append(jax.block_until_ready(_chunk_losses(params, directions, chunk, batch, **settings)))
             done += 1
             if progress is not None:
                 progress(done, total)

@@ -1,0 +1,86 @@
+"""Losses with known derivatives, a small network, and the family, shared by the tests."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.flatten_util import ravel_pytree
+
+import crsam_jax
+
+# Every member, called with loss_fn and the common keyword options.
+MEMBERS: dict[str, Callable[..., Any]] = {
+    "sam": crsam_jax.sam,
+    "asam": crsam_jax.asam,
+    "wsam": crsam_jax.wsam,
+    "gsam": crsam_jax.gsam,
+    "gradient_norm_penalty": crsam_jax.gradient_norm_penalty,
+    "crsam": crsam_jax.crsam,
+    "crsam_linear": partial(crsam_jax.crsam, penalty="linear"),
+    "crsam_bounded": partial(crsam_jax.crsam, offset=0.0, max_penalty_ratio=0.5),
+}
+TWO_SIDED = tuple(name for name in MEMBERS if name.startswith("crsam"))
+ONE_SIDED = tuple(name for name in MEMBERS if not name.startswith("crsam"))
+
+
+class Problem(NamedTuple):
+    """L(w) = ½ wᵀHw + bᵀw + c + Σ tᵢwᵢ³/6 over the flattened params; t = 0 makes it a quadratic."""
+
+    hessian: np.ndarray
+    linear: np.ndarray
+    constant: float
+    cubic: np.ndarray
+    params: Any
+
+    def loss(self, params: Any) -> jax.Array:
+        w = ravel_pytree(params)[0]
+        return 0.5 * w @ (self.hessian @ w) + self.linear @ w + self.constant + jnp.sum(self.cubic * w**3) / 6
+
+    def hessian_at(self, params: Any) -> np.ndarray:
+        return self.hessian + np.diag(self.cubic * flat(params))
+
+
+def polynomial(cubic: bool, seed: int = 0) -> Problem:
+    """A problem over several leaves of different shapes, in the default float dtype of the moment."""
+    rng = np.random.default_rng(seed)
+    n = 6
+    a = rng.normal(size=(n, n))
+    params = {
+        "kernel": jnp.asarray(rng.normal(size=(2, 2))),
+        "bias": jnp.asarray(3 * rng.normal(size=1)),
+        "scale": jnp.asarray(rng.normal()),
+    }
+    return Problem(a @ a.T / n + np.eye(n), rng.normal(size=n), 7.0, cubic * rng.uniform(-0.3, 0.3, size=n), params)
+
+
+def mlp(seed: int = 0, examples: int = 32, dtype: Any = jnp.float32) -> tuple[Callable[..., jax.Array], Any, Any]:
+    """``loss_fn(params, batch)`` of a two-layer network, its params and a batch."""
+    rng = np.random.default_rng(seed)
+    params = {
+        "first": {"w": jnp.asarray(rng.normal(size=(5, 8)) / 2, dtype), "b": jnp.zeros(8, dtype)},
+        "second": {"w": jnp.asarray(rng.normal(size=(8, 3)) / 2, dtype), "b": jnp.zeros(3, dtype)},
+    }
+    batch = jnp.asarray(rng.normal(size=(examples, 5)), dtype), jnp.asarray(rng.integers(0, 3, size=examples))
+    return mlp_loss, params, batch
+
+
+def mlp_loss(params: Any, batch: Any) -> jax.Array:
+    x, labels = batch
+    hidden = jnp.tanh(x @ params["first"]["w"] + params["first"]["b"])
+    logits = hidden @ params["second"]["w"] + params["second"]["b"]
+    return -jnp.mean(jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=-1))
+
+
+def flat(tree: Any) -> np.ndarray:
+    """All leaves as one numpy vector, in float64."""
+    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(tree)] or [np.zeros(0)])
+
+
+def one_step(tx: Any, loss_fn: Callable[..., Any], params: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The gradient that ``tx`` makes of the true gradient, and its diagnostics."""
+    grads = jax.grad(loss_fn)(params, **kwargs)
+    gradient, state = tx.update(grads, tx.init(params), params, **kwargs)
+    return gradient, state.diagnostics
