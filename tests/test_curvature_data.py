@@ -27,7 +27,7 @@ def test_mean_loss_does_not_depend_on_the_cut(x64, sizes):
     )
 
 
-@pytest.mark.parametrize("sizes", CUTS[1:])
+@pytest.mark.parametrize("sizes", [CUTS[-1]])
 def test_every_measure_agrees_with_the_whole_batch(x64, sizes):
     case, key = dense_case(), jax.random.key(0)
     measures = {

@@ -27,14 +27,14 @@ def test_error_bar_covers_the_trace_in_the_right_share_of_repetitions(x64, estim
     truth = np.trace(problem.hessian)
     results = [
         curvature.hessian_trace(problem.loss, problem.params, key=jax.random.key(i), num_probes=20, estimator=estimator)
-        for i in range(200)
+        for i in range(100)
     ]
     within = np.array([[abs(r.mean - truth) <= k * r.standard_error for k in (1, 2)] for r in results]).mean(axis=0)
-    # Student's t with 19 degrees of freedom: 67 % and 94 %, ± 4 standard deviations of a share of 200 (and skewness)
-    assert 0.53 < within[0] < 0.81
-    assert 0.86 < within[1] < 1.0
+    # Student's t with 19 degrees of freedom: 67 % and 94 %, ± about 4 standard deviations of a share of 100
+    assert 0.49 < within[0] < 0.85
+    assert 0.84 < within[1] <= 1.0
     scores = [(r.mean - truth) / r.standard_error for r in results]
-    assert abs(np.mean(scores)) < 0.35  # unbiased up to the skewness of the samples
+    assert abs(np.mean(scores)) < 0.45  # unbiased up to the skewness of the samples
 
 
 def test_standard_error_has_its_closed_form(x64):
@@ -46,9 +46,9 @@ def test_standard_error_has_its_closed_form(x64):
     }
     for estimator, variance in expected.items():
         result = curvature.hessian_trace(
-            problem.loss, problem.params, key=jax.random.key(1), num_probes=2000, estimator=estimator
+            problem.loss, problem.params, key=jax.random.key(1), num_probes=600, estimator=estimator
         )
-        np.testing.assert_allclose(result.standard_error, np.sqrt(variance / 2000), rtol=0.1)
+        np.testing.assert_allclose(result.standard_error, np.sqrt(variance / 600), rtol=0.2)
         assert abs(result.mean - np.trace(h)) < 4 * result.standard_error
 
 
