@@ -32,7 +32,7 @@ def test_every_measure_agrees_with_the_whole_batch(x64, sizes):
     case, key = dense_case(), jax.random.key(0)
     measures = {
         "gradient_norm": lambda data: curvature.gradient_norm(mlp_loss, case.params, data),
-        "trace": lambda data: curvature.hessian_trace(mlp_loss, case.params, data, key=key, num_probes=3)[:2],
+        "trace": lambda data: curvature.hessian_trace(mlp_loss, case.params, data, key=key, num_probes=2)[:2],
         "xtrace": lambda data: curvature.hessian_trace(
             mlp_loss, case.params, data, key=key, num_probes=4, estimator="xtrace"
         )[:2],

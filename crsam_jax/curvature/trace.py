@@ -78,7 +78,8 @@ def hessian_trace(
       estimator: ``"rademacher"``: signs, the least variance of the plain estimators for large n; ``"gaussian"``: normal
         entries; ``"xtrace"``: Gaussian probes that also span a low-rank approximation, whose trace is taken
         exactly. XTrace's error falls faster where few eigenvalues dominate. It holds 4 ``num_probes`` vectors of n
-        numbers, and from ``2 num_probes >= n`` on it sums up the diagonal: the error is then 0.
+        numbers, and from ``2 num_probes >= n`` on it sums up the diagonal: the error is then 0. Its standard
+        error is that of leave-one-out values, which are not independent.
       relative_standard_error: stop once standard error/\|mean\| is at most this; looked at after each probe
         from the tenth on. Not with XTrace, whose probes act together. None: spend all probes.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
