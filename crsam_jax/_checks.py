@@ -64,6 +64,19 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
+def check_whole_number(name: str, value: Any, *, at_least: int) -> None:
+    """Checks that ``value`` is an int of at least ``at_least``.
+
+    Raises:
+      TypeError: if it is not an int.
+      ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
 def check_params(params: Any) -> None:
     """Checks that params are there, whole, and made of real floating arrays.
 

@@ -25,18 +25,20 @@ class LossBinder:
     Args:
       loss_fn: the loss; its first parameter is ``params``, the others are taken by name.
       has_aux: whether it returns ``(loss, aux)``; ``aux`` is dropped.
+      call: how the caller is given the arguments, with ``{}`` in their place; for error messages.
 
     Raises:
       TypeError: if ``loss_fn`` is not callable, or cannot be called with ``params`` and keywords.
     """
 
-    def __init__(self, loss_fn: LossFn, has_aux: bool):
+    def __init__(self, loss_fn: LossFn, has_aux: bool, call: str = "update(grads, state, params, {})"):
         if not callable(loss_fn):
             raise TypeError(f"loss_fn must be callable, got {loss_fn!r} of type {type(loss_fn).__name__}.")
         if not isinstance(has_aux, bool):
             raise TypeError(f"has_aux must be True or False, got {has_aux!r}.")
         self._loss_fn = loss_fn
         self._has_aux = has_aux
+        self._call = call
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
         if taken:
@@ -52,14 +54,7 @@ class LossBinder:
           TypeError: if an argument that ``loss_fn`` requires is missing; and, when the returned function
             runs, if the loss is not a real floating scalar or does not match ``has_aux``.
         """
-        missing = [name for name in self._required if name not in given]
-        if missing:
-            raise TypeError(_missing_message(self._loss_fn, missing, given))
-        if self._takes_all:
-            names = [n for n in given if n not in RESERVED_NAMES or n in self._required + self._optional]
-        else:
-            names = [n for n in self._required + self._optional if n in given]
-        kwargs = {name: given[name] for name in names}
+        kwargs = self.arguments(given)
 
         def loss(params: Any) -> jax.Array:
             try:
@@ -75,6 +70,21 @@ class LossBinder:
             return _checked_loss(result, self._has_aux)
 
         return loss
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those of ``given`` that ``loss_fn`` takes, by name.
+
+        Raises:
+          TypeError: if an argument that ``loss_fn`` requires is missing.
+        """
+        missing = [name for name in self._required if name not in given]
+        if missing:
+            raise TypeError(_missing_message(self._loss_fn, missing, given, self._call))
+        if self._takes_all:
+            names = [n for n in given if n not in RESERVED_NAMES or n in self._required + self._optional]
+        else:
+            names = [n for n in self._required + self._optional if n in given]
+        return {name: given[name] for name in names}
 
 
 def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
@@ -103,11 +113,11 @@ def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
     return required, optional, takes_all
 
 
-def _missing_message(loss_fn: LossFn, missing: list[str], given: Mapping[str, Any]) -> str:
+def _missing_message(loss_fn: LossFn, missing: list[str], given: Mapping[str, Any], call: str) -> str:
     message = (
-        f"loss_fn {_describe(loss_fn)} needs {_quoted(missing)}, which update() was not given "
-        f"(it was given {_quoted(given) or 'no extra arguments'}). "
-        f"Pass them by name: update(grads, state, params, {', '.join(f'{n}=...' for n in missing)})."
+        f"loss_fn {_describe(loss_fn)} needs {_quoted(missing)}, which was not given "
+        f"(given: {_quoted(given) or 'no extra arguments'}). "
+        f"Pass them by name: {call.format(', '.join(f'{n}=...' for n in missing))}."
     )
     for name in missing:
         close = difflib.get_close_matches(name, given)

@@ -1,0 +1,205 @@
+"""Directions to look along: random and filter-normalized, through given points, along the gradient."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crsam_jax import _tree
+from crsam_jax._batches import Data, ExampleCount
+from crsam_jax._checks import check_choice, check_whole_number
+from crsam_jax._loss import LossFn
+from crsam_jax._mean_loss import MeanLoss, like_params, widened_params
+
+Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
+
+VECTORS = ("zero", "scale")
+
+
+class Plane(NamedTuple):
+    """The plane through three points of parameter space.
+
+    Attributes:
+      origin: the first point, a pytree.
+      directions: two orthonormal directions, pytrees like params.
+      coordinates: of the three points in the plane, [3, 2], float64; the first is (0, 0), the second (x, 0).
+    """
+
+    origin: Any
+    directions: tuple[Any, Any]
+    coordinates: Array
+
+
+def filter_normalized_directions(
+    params: Any, key: jax.Array, num_directions: int = 2, *, vectors: str = "zero"
+) -> tuple[Any, ...]:
+    r"""Random Gaussian directions whose every filter is as long as the filter of params it belongs to.
+
+    A filter is what feeds one output: the slice of a kernel at one index of its last axis, the output axis of flax's
+    dense and convolution kernels. So a step of 1 changes each filter by its own norm, and slices
+    of networks whose layers are scaled differently can be compared: scaling a layer by a > 0 and the next one
+    by 1/a, which changes nothing in a ReLU network, scales the directions alike.
+
+    The directions are orthogonalized within each filter, before they are scaled. They are therefore orthogonal to
+    each other exactly and filter-normalized exactly, which Gram-Schmidt over the whole tree would undo.
+    In a filter of fewer than ``num_directions`` weights, those directions are zero that find no room.
+
+    Args:
+      params: pytree of real floating arrays.
+      key: a JAX random key.
+      num_directions: how many, at least 1.
+      vectors: what to do with leaves of one axis or none: biases and normalization parameters. ``"zero"``, the
+        reference's choice for plots: they stay as they are. ``"scale"``: each such leaf counts as one filter.
+
+    Returns:
+      A tuple of pytrees like params, in at least float32.
+
+    Raises:
+      TypeError, ValueError: if params is not real and floating, or for a bad number or name.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from crsam_jax import landscape
+      >>> params = {"kernel": jnp.arange(1.0, 7.0).reshape(3, 2), "bias": jnp.ones(2)}
+      >>> first, second = landscape.filter_normalized_directions(params, jax.random.key(0))
+      >>> print(jnp.linalg.norm(first["kernel"], axis=0).round(3), first["bias"])  # √(1+9+25), √(4+16+36)
+      [5.916 7.483] [0. 0.]
+
+    References:
+      Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, section 4.
+    """
+    check_whole_number("num_directions", num_directions, at_least=1)
+    check_choice("vectors", vectors, VECTORS)
+    leaves, structure = jax.tree.flatten(widened_params(params))
+    keys = jax.random.split(key, max(1, len(leaves)))
+    per_leaf = [
+        _leaf_directions(leaf, leaf_key, num_directions, vectors) for leaf, leaf_key in zip(leaves, keys, strict=False)
+    ]
+    return tuple(jax.tree.unflatten(structure, [d[i] for d in per_leaf]) for i in range(num_directions))
+
+
+def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
+    """Gram-Schmidt over whole trees: unit directions that span the same space, the first kept but for its length.
+
+    Args:
+      directions: pytrees of one structure: the ascent direction, eigenvectors, differences of checkpoints.
+
+    Returns:
+      As many pytrees, in at least float32.
+
+    Raises:
+      ValueError: if a direction is zero, not finite or, up to rounding, a combination of those before it.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from crsam_jax import landscape
+      >>> first, second = landscape.orthonormalized([jnp.array([2.0, 0.0]), jnp.array([3.0, 4.0])])
+      >>> print(first, second)
+      [1. 0.] [0. 1.]
+    """
+    found: list[Any] = []
+    for i, direction in enumerate(directions):
+        rest = _tree.unit(like_params(f"directions[{i}]", direction, _tree.widen(directions[0])))
+        for _ in range(2):  # twice is enough
+            for previous in found:
+                rest = _without(rest, previous)
+        if not _tree.norm(rest) > 100 * jnp.finfo(_tree.wide_dtype(rest)).eps:
+            raise ValueError(f"directions[{i}] is zero, not finite, or lies in the span of those before it.")
+        found.append(_tree.unit(rest))
+    return tuple(found)
+
+
+def plane_through(first: Any, second: Any, third: Any) -> Plane:
+    """The plane through three parameter vectors, such as three checkpoints or three minima.
+
+    Args:
+      first: the origin, a pytree of real floating arrays.
+      second: lies on the first axis.
+      third: anywhere off that axis.
+
+    Returns:
+      A :class:`Plane`, to be passed on: ``surface(loss_fn, plane.origin, plane.directions, xs, ys, data)``.
+
+    Raises:
+      TypeError, ValueError: if the trees do not fit each other, or the points lie on one line.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from crsam_jax import landscape
+      >>> plane = landscape.plane_through(jnp.zeros(3), jnp.array([2.0, 0, 0]), jnp.array([1.0, 0, 3.0]))
+      >>> print(plane.coordinates, plane.directions[1])
+      [[0. 0.]
+       [2. 0.]
+       [1. 3.]] [0. 0. 1.]
+
+    References:
+      Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs", NeurIPS 2018, section 3.
+    """
+    origin = widened_params(first)
+    edges = [
+        jax.tree.map(jnp.subtract, like_params(name, point, origin), origin)
+        for name, point in (("second", second), ("third", third))
+    ]
+    directions = orthonormalized(edges)
+    coordinates = [[float(_tree.dot(edge, direction)) for direction in directions] for edge in edges]
+    coordinates[0][1] = 0.0
+    return Plane(origin, (directions[0], directions[1]), np.array([[0.0, 0.0], *coordinates]))
+
+
+def gradient_direction(
+    loss_fn: LossFn,
+    params: Any,
+    data: Data | None = None,
+    *,
+    has_aux: bool = False,
+    example_count: ExampleCount | None = None,
+) -> Any:
+    """The ascent direction ∇L(w)/‖∇L(w)‖, the one SAM looks in; zero where the gradient is.
+
+    Args:
+      loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`crsam_jax.curvature.gradient_norm`.
+      params: pytree of real floating arrays.
+      data: a batch or an iterable of batches.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      example_count: the number of examples of a batch.
+
+    Returns:
+      A pytree like params, of norm 1.
+
+    Raises:
+      TypeError, ValueError: as :func:`crsam_jax.curvature.gradient_norm`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from crsam_jax import landscape
+      >>> print(landscape.gradient_direction(lambda w: 0.5 * jnp.sum(w**2), jnp.array([3.0, 4.0])))
+      [0.6 0.8]
+    """
+    params = widened_params(params)
+    return _tree.unit(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params))
+
+
+def _without(tree: Any, unit: Any) -> Any:
+    """``tree`` less its component along ``unit``."""
+    component = _tree.dot(tree, unit)
+    return jax.tree.map(lambda x, u: x - component * u, tree, unit)
+
+
+def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, vectors: str) -> list[jax.Array]:
+    """``count`` directions for one leaf: orthogonal within each filter, each as long as the filter."""
+    if leaf.ndim < 2 and vectors == "zero":
+        return [jnp.zeros_like(leaf)] * count
+    filters = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim > 1 else 1)
+    lengths = jnp.linalg.norm(filters, axis=0)
+    columns: list[jax.Array] = []
+    for noise in jax.random.normal(key, (count, *filters.shape), leaf.dtype):
+        if len(columns) == len(filters):  # the columns before span all there is
+            columns.append(jnp.zeros_like(noise))
+            continue
+        for _ in range(2):  # twice is enough
+            for column in columns:
+                noise = noise - jnp.sum(noise * column, axis=0) * column
+        columns.append(noise / jnp.linalg.norm(noise, axis=0))
+    return [(lengths * column).reshape(leaf.shape) for column in columns]
