@@ -92,7 +92,11 @@ def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[s
     images = jnp.asarray(rng.normal(size=(config.batch_size, 32, 32, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 10, config.batch_size), jnp.int32)
     model = ConvNet(3, 10, config.width, rngs=nnx.Rngs(0))
-    graphdef, params, model_state = nnx.split(model, nnx.Param, ...)
+    graphdef, params, model_state = (
+        nnx.graphdef(model),
+        nnx.state(model, nnx.Param),
+        nnx.state(model, nnx.Not(nnx.Param)),
+    )
 
     def loss_fn(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, model_state, copy=True)

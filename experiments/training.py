@@ -107,8 +107,9 @@ def make_program(config: configs.Digits, method: str) -> Program:
     probe = crsam_jax.crsam_gradient(evaluation_loss, rho=config.probe_rho, alpha=0.0, beta=0.0, has_aux=True)
 
     def init(seed: int) -> tuple[Any, Any, Any]:
+        model = make_model(seed)
         # The model's other state is split off before the clean pass: all probes of a step start from the same one.
-        _, params, model_state = nnx.split(make_model(seed), nnx.Param, ...)
+        params, model_state = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         return params, model_state, optimizer(config, method, loss_fn).init(params)
 
     @jax.jit
