@@ -87,7 +87,10 @@ def one_step(tx: Any, loss_fn: Callable[..., Any], params: Any, **kwargs: Any) -
 
 
 def recording(loss_fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[np.ndarray]]:
-    """The same loss, and a list that gets the point of every evaluation; read it after ``jax.effects_barrier()``."""
+    """The same loss, and a list that gets the point of every evaluation; read it after ``jax.effects_barrier()``.
+
+    Under jit the points are in float32: a callback runs in a thread that does not know of ``enable_x64``.
+    """
     points: list[np.ndarray] = []
 
     @wraps(loss_fn)

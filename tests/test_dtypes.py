@@ -19,7 +19,9 @@ def in_dtypes(dtype, other=None):
         "first": jax.tree.map(lambda x: x.astype(dtype), params["first"]),
         "second": jax.tree.map(lambda x: x.astype(other or dtype), params["second"]),
     }
-    wide = lambda params, batch: loss_fn(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params), batch)
+    wide = lambda params, batch: loss_fn(
+        jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), params), batch
+    )
     return wide, params, batch
 
 

@@ -112,9 +112,7 @@ def test_linen_train_state_is_fed_through_tx_because_apply_gradients_forwards_no
     with pytest.raises(TypeError, match="'batch', 'model_state', 'rng'"):
         state.apply_gradients(grads=grads)
     updates, opt_state = state.tx.update(grads, state.opt_state, state.params, **inputs)
-    new = state.replace(
-        step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state
-    )
+    new = state.replace(step=state.step + 1, params=optax.apply_updates(state.params, updates), opt_state=opt_state)
     assert np.linalg.norm(flat(new.params) - flat(params)) > 1e-3
 
 

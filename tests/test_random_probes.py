@@ -28,10 +28,7 @@ def step_at(tx, loss_fn, params, count=0, **kwargs):
 def probed(problem, probes, count=0, **options):
     """The unit directions u of the pairs w ± r u at which one step evaluated the loss, [k, n]."""
     loss_fn, points = recording(problem.loss)
-    tx = crsam(loss_fn, RHO, probes=probes, evaluation="sequential", **options)
-    tx.update(
-        jax.grad(problem.loss)(problem.params), tx.init(problem.params)._replace(count=jnp.int32(count)), problem.params
-    )
+    step_at(crsam(loss_fn, RHO, probes=probes, evaluation="sequential", **options), problem.loss, problem.params, count)
     jax.effects_barrier()
     offsets = np.array(points) - flat(problem.params)
     offsets = offsets[np.isclose(np.linalg.norm(offsets, axis=1), probes.radius)]
