@@ -80,7 +80,7 @@ def adaptive_policy(
       and σ² could not be verified.
     """
     if not callable(threshold) and not isinstance(threshold, jax.core.Tracer):
-        check_number("threshold (its size)", abs(threshold))
+        check_number("threshold (its size)", abs(threshold) if hasattr(threshold, "__abs__") else threshold)
     check_number("decay", decay, below=1)
     inner = optax.with_extra_args_support(tx)
 

@@ -146,7 +146,8 @@ def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
 
         def chosen_gradient_fn(point: Any) -> Any:
             assert gradient_fn is not None
-            return chosen(gradient_fn(point))
+            inside = jax.tree.map(lambda moved, w, is_in: moved if is_in else w, point, params, which)
+            return chosen(gradient_fn(inside))
 
         direction, new_state = ascent.apply(chosen(grads), state, params, chosen_gradient_fn)
         return chosen(direction), new_state

@@ -11,6 +11,7 @@ from crsam_jax._checks import ScalarOrSchedule, check_hyperparameter, value_at
 from crsam_jax._loss import LossFn
 from crsam_jax.alias import sam
 from crsam_jax.ascent import Ascent, Mask
+from crsam_jax.probes import synced
 from crsam_jax.transform import SharpnessAwareState
 
 
@@ -95,6 +96,8 @@ def decoupled_wsam(
     ) -> tuple[Any, DecoupledWsamState]:
         count, dtype = state.sharpness.count, _tree.wide_dtype(params)
         g_plus, sharpness = plus.update(updates, state.sharpness, params, **extra_args)
+        if axis_name is not None and not sync_perturbation:  # g⁺ is averaged now, g not yet
+            updates = synced(updates, axis_name)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
         share = value_at(gamma, count, dtype)
         weight = value_at(learning_rate, count, dtype) * share / (1 - share)

@@ -10,6 +10,9 @@ from crsam_jax import _tree
 from crsam_jax._checks import check_number
 from crsam_jax.policies import check_period, choose
 
+# The sums behind the projection lose about this many units in the last place.
+_PROJECTION_ULPS = 16
+
 
 class LookState(NamedTuple):
     """State of :func:`look`.
@@ -40,7 +43,8 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
 
     With r the result of the full step, the direction kept is r_v = r − (⟨g, r⟩/‖g‖²) g; the k − 1 steps after it
     return g + strength · ‖g‖ r_v/‖r_v‖. Norms and dot products run over the whole tree. Costs one vector of the size
-    of params.
+    of params. Where r has the direction of g, up to rounding (ρ = 0, or a step that fell back on g), there is nothing
+    to reuse, and the steps after it return g.
 
     Args:
       tx: a member of the family; the paper's is :func:`crsam_jax.sam`.
@@ -83,10 +87,7 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     ) -> tuple[Any, LookState]:
         def full() -> tuple[Any, Any, Any]:
             result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-            along = _tree.unit(updates)
-            projection = _tree.dot(along, result)
-            rest = _tree.wide_map(lambda r, u: r - projection * u, result, along)
-            return result, _tree.cast_like(_tree.unit(rest), state.orthogonal), inner_state
+            return result, _tree.cast_like(_orthogonal(result, updates), state.orthogonal), inner_state
 
         def reuse() -> tuple[Any, Any, Any]:
             length = strength * _tree.norm(updates)
@@ -105,3 +106,18 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _orthogonal(result: Any, grads: Any) -> Any:
+    """The unit vector of the part of ``result`` orthogonal to g; zeros where that part is rounding noise."""
+    along = _tree.unit(grads)
+    projection = _tree.dot(along, result)
+    rest = _tree.wide_map(lambda r, u: r - projection * u, result, along)
+    is_noise = _tree.norm(rest) <= _noise(result) * _tree.norm(result)
+    return jax.tree.map(lambda leaf: jnp.where(is_noise, 0, leaf), _tree.unit(rest))
+
+
+def _noise(result: Any) -> float:
+    """Relative rounding error: of the result in its own dtypes, and of the projection in a wide one."""
+    own = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(result)), default=0.0)
+    return own + _PROJECTION_ULPS * float(jnp.finfo(_tree.wide_dtype(result)).eps)

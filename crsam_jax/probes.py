@@ -108,8 +108,10 @@ def _varying(params: Any, axis_name: str) -> Any:
     """Params marked as differing along the axis, so that their gradients are not summed over it.
 
     Inside ``shard_map(check_vma=True)`` the gradient with respect to a replicated value is the sum over the
-    axis already; without the check, and under ``pmap``, it is local and there is nothing to mark.
+    axis already; without the check, and under ``pmap`` and ``vmap``, it is local and there is nothing to mark.
     """
+    if axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # an axis of vmap
+        return params
 
     def cast(leaf: jax.Array) -> jax.Array:
         kind: Any = jax.typeof(leaf)

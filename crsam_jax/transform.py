@@ -126,7 +126,9 @@ def sharpness_aware(
             probe_axis,
         )
         if axis_name is not None and not sync_perturbation:
-            gradient, seen, ascent_state = synced((gradient, seen, ascent_state), axis_name)
+            # The parts share one memory, which follows the averaged gradient.
+            _, ascent_state = ascent.apply(synced(updates, axis_name), state.ascent, params, gradient_fn)
+            gradient, seen = synced((gradient, seen), axis_name)
         new_state = SharpnessAwareState(
             count=optax.safe_increment(state.count),
             ascent=ascent_state,

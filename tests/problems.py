@@ -1,7 +1,7 @@
 """Losses with known derivatives, a small network, and the family, shared by the tests."""
 
 from collections.abc import Callable
-from functools import partial
+from functools import partial, wraps
 from typing import Any, NamedTuple
 
 import jax
@@ -84,3 +84,27 @@ def one_step(tx: Any, loss_fn: Callable[..., Any], params: Any, **kwargs: Any) -
     grads = jax.grad(loss_fn)(params, **kwargs)
     gradient, state = tx.update(grads, tx.init(params), params, **kwargs)
     return gradient, state.diagnostics
+
+
+def recording(loss_fn: Callable[..., Any]) -> tuple[Callable[..., Any], list[np.ndarray]]:
+    """The same loss, and a list that gets the point of every evaluation; read it after ``jax.effects_barrier()``.
+
+    Under jit the points are in float32: a callback runs in a thread that does not know of ``enable_x64``.
+    """
+    points: list[np.ndarray] = []
+
+    @wraps(loss_fn)
+    def recorded(params: Any, *args: Any, **kwargs: Any) -> Any:
+        jax.debug.callback(lambda w: points.append(flat(w)), params)
+        return loss_fn(params, *args, **kwargs)
+
+    return recorded, points
+
+
+def broken_at(loss_fn: Callable[[Any], jax.Array], is_broken: Callable[[Any], jax.Array]) -> Callable[[Any], jax.Array]:
+    """The same loss, NaN with its gradient wherever ``is_broken(params)``."""
+
+    def broken(params: Any) -> jax.Array:
+        return loss_fn(params) * jnp.where(is_broken(params), jnp.nan, 1.0)
+
+    return broken
