@@ -15,7 +15,8 @@ from tests.problems import MEMBERS, mlp
 AXIS = "data"
 LOSS_FN, PARAMS, BATCH = mlp(examples=64)
 NAMES = ("sam", "crsam")
-close = lambda found, expected: chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
+# The curvature is a second difference: devices that sum in another order change it by a few ε of the loss over ρ².
+close = lambda found, expected: chex.assert_trees_all_close(found, expected, rtol=5e-5, atol=5e-5)
 
 
 @pytest.fixture
