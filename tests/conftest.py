@@ -1,9 +1,16 @@
 """Settings that must stand before jax starts, and what many tests share."""
 
+import os
+
+import hypothesis
 import jax
 import pytest
 
 jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of sharding; the others use the first one
+
+# The first example of a property compiles, so a deadline would only measure the machine. CI repeats itself.
+hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
+hypothesis.settings.load_profile("project")
 
 
 @pytest.fixture
