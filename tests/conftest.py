@@ -18,3 +18,12 @@ def x64():
     """Runs the test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def mesh():
+    """Eight CPU devices along one axis, "data"."""
+    devices = jax.devices("cpu")
+    if len(devices) < 8:
+        pytest.skip("jax started with fewer than 8 CPU devices, before tests/conftest.py could ask for them")
+    return jax.make_mesh((8,), ("data",), devices=devices[:8], axis_types=(jax.sharding.AxisType.Auto,))

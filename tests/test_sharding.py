@@ -19,14 +19,6 @@ NAMES = ("sam", "crsam")
 close = lambda found, expected: chex.assert_trees_all_close(found, expected, rtol=5e-5, atol=5e-5)
 
 
-@pytest.fixture
-def mesh():
-    devices = jax.devices("cpu")
-    if len(devices) < 8:
-        pytest.skip("jax started with fewer than 8 CPU devices, before tests/conftest.py could ask for them")
-    return jax.make_mesh((8,), (AXIS,), devices=devices[:8], axis_types=(jax.sharding.AxisType.Auto,))
-
-
 def transformation(name, **options):
     return optax.chain(MEMBERS[name](LOSS_FN, rho=0.2, **options), optax.sgd(0.1, momentum=0.9))
 
