@@ -224,7 +224,7 @@ def test_a_policy_over_local_perturbations_needs_its_result_averaged():
         gradient, state = tx.update(grads, state, params, **extra_args)
         return jax.lax.pmean(gradient, AXIS), state
 
-    found, state = on_one_device(optax.GradientTransformationExtraArgs(tx.init, averaged), False)
+    found, _ = on_one_device(optax.GradientTransformationExtraArgs(tx.init, averaged), False)
     full, _ = looped(partial(sam, rho=0.5), steps=1)
     close(found[0], full[0])
     close(found[1], jax.grad(loss_fn)(W - ETA * full[0], BATCH))
