@@ -55,13 +55,13 @@ def test_a_loss_that_is_not_callable_is_an_error_at_construction(name, bad):
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("evaluation", ["parallel", None])
 def test_an_unknown_evaluation_is_an_error_that_lists_the_valid_ones(name, evaluation):
-    with pytest.raises(ValueError, match="evaluation.*'auto', 'vmap', 'sequential', 'ordered'"):
+    with pytest.raises(ValueError, match=r"evaluation.*'auto', 'vmap', 'sequential', 'ordered'"):
         MEMBERS[name](loss_fn, evaluation=evaluation)
 
 
 @pytest.mark.parametrize("penalty", ["quadratic", None])
 def test_an_unknown_penalty_is_an_error_that_lists_the_valid_ones(penalty):
-    with pytest.raises(ValueError, match="penalty.*'log', 'linear'"):
+    with pytest.raises(ValueError, match=r"penalty.*'log', 'linear'"):
         crsam(loss_fn, penalty=penalty)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax import adaptive_ascent, asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
 from crsam_jax.penalties import second_difference
 from tests.problems import flat, mlp, one_step, polynomial
 
@@ -117,17 +117,13 @@ def test_diagnostics_of_one_sided_methods(method, cubic):
 @pytest.mark.parametrize("two_sided", [False, True])
 def test_with_asam_diagnostics_are_per_unit_of_the_perturbations_length(two_sided):
     """On a quadratic, slope = vᵀg/‖v‖ and curvature = vᵀHv/‖v‖² whatever the length of v."""
-    from crsam_jax import adaptive_ascent
-
     problem, rho, eta = polynomial(False), 0.3, 0.2
     _, g = direction_and_gradient(problem)
     scale = np.abs(flat(problem.params)) + eta
     v = scale**2 * g / np.linalg.norm(scale * g)
     assert abs(np.linalg.norm(v) - 1) > 0.1
     unit = v / np.linalg.norm(v)
-    tx = (
-        crsam(problem.loss, rho, 0.0, 0.0, ascent=adaptive_ascent(eta)) if two_sided else asam(problem.loss, rho, eta)
-    )
+    tx = crsam(problem.loss, rho, 0.0, 0.0, ascent=adaptive_ascent(eta)) if two_sided else asam(problem.loss, rho, eta)
     gradient, found = one_step(tx, problem.loss, problem.params)
     close(flat(gradient), g + rho * problem.hessian @ v)
     close(found.curvature, unit @ problem.hessian @ unit)

@@ -57,12 +57,14 @@ def test_all_strategies_give_the_numbers_of_vmap(name, evaluation, x64):
 
 
 def test_perturb_moves_by_length_times_direction():
-    moved = probes.perturb({"a": jnp.array([1.0]), "b": jnp.array(2.0)}, {"a": jnp.array([0.6]), "b": 0.8}, 0.5 + jnp.zeros(()))
+    moved = probes.perturb(
+        {"a": jnp.array([1.0]), "b": jnp.array(2.0)}, {"a": jnp.array([0.6]), "b": 0.8}, 0.5 + jnp.zeros(())
+    )
     np.testing.assert_allclose(flat(moved), [1.3, 2.4], rtol=1e-6)
 
 
 def test_perturb_sums_in_float32_and_rounds_once():
-    """1 + 0.01 · 0.4 rounds to 1 + 2⁻⁸ in bfloat16 only if neither factor nor product was rounded before."""
+    """Rounding ρ, v or ρv to bfloat16 before the sum would end elsewhere for some of the elements."""
     w, v = jnp.ones(1000, jnp.bfloat16), jnp.linspace(-1, 1, 1000)
     moved = probes.perturb(w, v, jnp.float32(0.37))
     assert moved.dtype == jnp.bfloat16
