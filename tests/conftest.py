@@ -2,8 +2,12 @@
 
 import jax
 import pytest
+from hypothesis import settings
 
 jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of sharding; the others use the first one
+
+settings.register_profile("no deadline", deadline=None)  # how long a compilation takes is no property
+settings.load_profile("no deadline")
 
 
 @pytest.fixture
