@@ -10,6 +10,8 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from rich.console import Console
 
 from experiments import scale
@@ -77,11 +79,11 @@ def run_steps(
 
 
 def evaluate(
-    program: Program, state: State, batches: Iterator[Batch], classes: jax.Array | None = None
+    program: Program, state: State, batches: Iterator[Batch], classes: ArrayLike | None = None
 ) -> Evaluation:  # fmt: skip
     """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
-    sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
-    loss, correct, examples = (float(value) for value in sum(sums))
+    sums = [np.asarray(program.evaluate(state.params, state.model_state, batch, classes), float) for batch in batches]
+    loss, correct, examples = np.sum(sums, axis=0).tolist()
     return Evaluation(loss / examples, 100 * correct / examples)
 
 
