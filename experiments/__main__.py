@@ -1,6 +1,5 @@
 """The command line: ``python -m experiments --help``."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -78,9 +77,10 @@ def evaluate(
 def list_recipes() -> None:
     """List the recipes."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "epochs", "batch", "learning rate", "weight decay", "SAM ρ", "CR-SAM ρ", "α", "β")
+    titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
+    table = Table(Column("name", no_wrap=True), *titles)
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
@@ -179,7 +179,10 @@ def _recipe_name(args: list[str]) -> str | None:
 
 def _keep_compiled_programs() -> None:
     """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
+    import jax
+
+    if jax.config.jax_compilation_cache_dir is None:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
 
 
 if __name__ == "__main__":
