@@ -1,12 +1,13 @@
 """The command line: ``python -m experiments --help``."""
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
 
-from experiments import configs
+from experiments import configs, recipes
 
 Experiment = tyro.conf.Positional[Literal["digits"]]
 Settings = Annotated[configs.Digits, tyro.conf.arg(name="")]
@@ -50,18 +51,48 @@ def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa:
     benchmark(config)
 
 
+def train_command(recipe: recipes.Recipe) -> Callable[..., None]:
+    """The subcommand train, with a recipe's values as defaults."""
+
+    def train(
+        name: tyro.conf.Positional[str],
+        recipe: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = recipe,
+        run: Annotated[configs.Run, tyro.conf.arg(name="")] = configs.Run(),  # noqa: B008
+    ) -> None:
+        """Train one network. After an interruption the same command goes on where the run was.
+
+        Args:
+            name: The recipe; `list` shows all.
+            recipe: What to train.
+            run: How.
+        """
+        from experiments.train import train
+
+        train(name, recipe, run)
+
+    return train
+
+
 def main() -> int:
     """Runs one subcommand; an error that the user can mend is one line, not a traceback."""
     try:
+        recipe = recipes.get(_recipe_name(sys.argv[1:]))
         tyro.extras.subcommand_cli_from_dict(
-            {"compare": compare, "tune": tune, "benchmark": benchmark},
+            {"train": train_command(recipe), "compare": compare, "tune": tune, "benchmark": benchmark},
             prog="python -m experiments",
             description="Experiments around crsam_jax.",
         )
-    except (FileExistsError, FloatingPointError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, FloatingPointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _recipe_name(args: list[str]) -> str:
+    """The recipe that a command line names; it decides the defaults of the options."""
+    if len(args) > 1 and args[0] == "train" and not args[1].startswith("-"):
+        return args[1]
+    return "cifar10-resnet18"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The settings of each experiment, as typed dataclasses whose fields are the command line's options."""
 
 import dataclasses
+<<<<<<< HEAD
 import functools
+=======
+from pathlib import Path
+>>>>>>> train
 from typing import Literal
 
 import jax
@@ -81,3 +85,29 @@ class Benchmark:
     width: int = 32
     batch_size: int = 64
     rounds: int = 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """How a training run is carried out; none of it changes the result, but for rounding."""
+
+    out: Path | None = None
+    """Folder of the run; results/RECIPE/METHOD-AUGMENTATION-seedSEED by default."""
+    data_dir: Path | None = None
+    """Folder of the data sets that TFDS prepared."""
+    keep: int = 3
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep every k-th epoch's checkpoint too, for measurements over training."""
+    checkpoint_steps: int | None = None
+    """Save after so many steps too, not only after each epoch."""
+    log_steps: int = 20
+    """Write the loss and the diagnostics every so many steps."""
+    devices: int | None = None
+    """Use the first so many devices; all by default."""
+    distributed: bool = False
+    """One of several processes. On TPU pods and under Slurm the rest is found out."""
+    coordinator: str | None = None
+    """HOST:PORT of process 0."""
+    num_processes: int | None = None
+    process_id: int | None = None

@@ -7,7 +7,7 @@ So a row among the relatives shows that a method trains and what it costs, not h
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import optax
 
@@ -15,6 +15,37 @@ import crsam_jax as cj
 from experiments import configs
 
 LossFn = Callable[..., Any]
+
+
+class SamSettings(Protocol):
+    """What SAM and its one-sided relatives take from a configuration."""
+
+    @property
+    def rho(self) -> float: ...
+
+
+class CrSamSettings(SamSettings, Protocol):
+    """What CR-SAM and its variants take."""
+
+    @property
+    def alpha(self) -> float: ...
+    @property
+    def beta(self) -> float: ...
+    @property
+    def penalty(self) -> Literal["log", "linear"]: ...
+    @property
+    def offset(self) -> float: ...
+    @property
+    def max_penalty_ratio(self) -> float | None: ...
+
+
+class Settings(Protocol):
+    """The part of a configuration that methods are built from."""
+
+    @property
+    def sam(self) -> SamSettings: ...
+    @property
+    def crsam(self) -> CrSamSettings: ...
 
 
 class Method(NamedTuple):
@@ -31,24 +62,22 @@ class Method(NamedTuple):
     label: str
     family: Literal["sgd", "sam", "crsam"]
     evaluations: int
-    build: Callable[
-        [LossFn, configs.Digits, optax.GradientTransformation, optax.Schedule], optax.GradientTransformation
-    ]
+    build: Callable[[LossFn, Settings, optax.GradientTransformation, optax.Schedule], optax.GradientTransformation]
     epochs: int = 1
 
 
-def _first(stage: Callable[[LossFn, configs.Digits], optax.GradientTransformation]) -> Any:
+def _first(stage: Callable[[LossFn, Settings], optax.GradientTransformation]) -> Any:
     """A method that is one stage before the base optimizer."""
     return lambda loss_fn, config, base, schedule: optax.chain(stage(loss_fn, config), base)
 
 
-def _crsam(loss_fn: LossFn, config: configs.Digits, **changes: Any) -> optax.GradientTransformationExtraArgs:
+def _crsam(loss_fn: LossFn, config: Settings, **changes: Any) -> optax.GradientTransformationExtraArgs:
     c = config.crsam
     settings = {"penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio} | changes
     return cj.crsam(loss_fn, c.rho, c.alpha, c.beta, has_aux=True, **settings)
 
 
-def _sam(loss_fn: LossFn, config: configs.Digits, **changes: Any) -> optax.GradientTransformationExtraArgs:
+def _sam(loss_fn: LossFn, config: Settings, **changes: Any) -> optax.GradientTransformationExtraArgs:
     return cj.sam(loss_fn, config.sam.rho, has_aux=True, **changes)
 
 

@@ -19,6 +19,7 @@ from PIL import Image
 from experiments.data.source import find_builder
 
 NUM_CLASSES = 1000
+TRAINING_EXAMPLES = 1_281_167
 PADDING = -1
 
 # Of pixels in [0, 1]; the figures everyone uses.

@@ -1,0 +1,175 @@
+"""Where a recipe's batches come from: small data sets from the device's memory, ImageNet from worker processes."""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from experiments.data import digits, imagenet, source, subset, vision
+from experiments.data.dataset import Dataset, Split
+from experiments.recipes import Recipe
+
+EVALUATION_BATCH = 1000
+DIGITS_TRAINING_EXAMPLES = 1000
+
+Batch = tuple[jax.Array, jax.Array]
+"""Images, uint8 [batch, height, width, channels], and labels, int32 [batch]; −1 marks padding."""
+
+
+class Signature(NamedTuple):
+    """What a network must know about its data."""
+
+    image_shape: tuple[int, int, int]
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    steps_per_epoch: int
+
+
+class Inputs(NamedTuple):
+    """The data of one run.
+
+    Attributes:
+      signature: shapes and moments.
+      feed: from a step's number to what the jitted step gets.
+      select: from that and the step's number to a batch, inside the jitted step.
+      evaluation: makes an iterator over the evaluation batches.
+      position: what to save so that ``restore`` makes the next ``feed`` the right one; JSON.
+      restore: sets a position.
+    """
+
+    signature: Signature
+    feed: Callable[[int], Any]
+    select: Callable[[Any, jax.Array], Batch]
+    evaluation: Callable[[], Iterator[Batch]]
+    position: Callable[[], Any]
+    restore: Callable[[Any], None]
+
+
+def open_inputs(recipe: Recipe, mesh: Mesh, data_dir: Path | None = None) -> Inputs:
+    """Opens a recipe's data for training and evaluation over a mesh.
+
+    Raises:
+      FileNotFoundError: saying what to do, if the data is not there.
+      ValueError: if the training data does not fill one batch, or the devices cannot share one.
+    """
+    if recipe.batch_size % (mesh.size * recipe.accumulate):
+        raise ValueError(
+            f"A batch of {recipe.batch_size} cannot be shared equally by {mesh.size} devices in {recipe.accumulate} "
+            "part(s): change --batch-size, --accumulate or --devices."
+        )
+    if recipe.dataset == "imagenet2012":
+        return _streamed(recipe, mesh, data_dir)
+    return in_memory(recipe, load(recipe, data_dir), mesh)
+
+
+def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
+    """A small data set with the recipe's subset, label noise and validation split; moments are of the whole."""
+    dataset = _digits() if recipe.dataset == "digits" else vision.load(recipe.dataset, data_dir)
+    train, test = dataset.train, dataset.test
+    if recipe.validation_fraction:
+        train, test = subset.split_validation(train, recipe.validation_fraction, seed=0)
+    if recipe.examples_per_class is not None:
+        train = subset.take_per_class(train, recipe.examples_per_class, recipe.seed)
+    if recipe.label_noise:
+        train = subset.with_label_noise(train, recipe.label_noise, dataset.num_classes, recipe.seed)
+    return dataset._replace(train=train, test=test)
+
+
+def signature_of(recipe: Recipe, data_dir: Path | None = None) -> Signature:
+    """Shapes and moments, for ImageNet without its data."""
+    if recipe.dataset == "imagenet2012":
+        shape = (recipe.image_size, recipe.image_size, 3)
+        steps = imagenet.TRAINING_EXAMPLES // recipe.batch_size
+        return Signature(shape, imagenet.NUM_CLASSES, imagenet.MEAN, imagenet.STD, steps)
+    dataset = load(recipe, data_dir)
+    steps = len(dataset.train.labels) // recipe.batch_size
+    return Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
+
+
+def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
+    """The training split on every device, as uint8; an epoch's order is a function of seed and epoch."""
+    examples = len(dataset.train.labels)
+    steps = examples // recipe.batch_size
+    if not steps:
+        raise ValueError(f"{examples} training examples do not fill a batch of {recipe.batch_size}.")
+    everywhere = NamedSharding(mesh, P())
+    images, labels = (
+        jax.make_array_from_process_local_data(everywhere, array, array.shape) for array in dataset.train
+    )
+
+    @partial(jax.jit, out_shardings=everywhere)
+    def shuffled(epoch: int) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
+        return jax.random.permutation(key, examples)[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
+
+    order: dict[int, jax.Array] = {}  # of the current epoch
+
+    def feed(step: int) -> Any:
+        epoch = step // steps
+        if epoch not in order:
+            order.clear()
+            order[epoch] = shuffled(epoch)
+        return images, labels, order[epoch]
+
+    def select(feed: Any, step: jax.Array) -> Batch:
+        images, labels, order = feed
+        chosen = jax.lax.with_sharding_constraint(order[step % steps], NamedSharding(mesh, P("data")))
+        return images[chosen], labels[chosen]
+
+    signature = Signature(images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
+    evaluation = partial(split_batches, dataset.test, mesh)
+    return Inputs(signature, feed, select, evaluation, lambda: {}, lambda position: None)
+
+
+def split_batches(split: Split, mesh: Mesh) -> Iterator[Batch]:
+    """A split in order, the last batch padded; each process makes its own part."""
+    batch_size = -(-EVALUATION_BATCH // mesh.size) * mesh.size
+    for start in range(0, len(split.labels), batch_size):
+        images, labels = (array[start : start + batch_size] for array in split)
+        padding = batch_size - len(labels)
+        images = np.pad(images, ((0, padding), (0, 0), (0, 0), (0, 0)))
+        labels = np.pad(labels, (0, padding), constant_values=imagenet.PADDING)
+        share = batch_size // jax.process_count()
+        part = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+        yield _shared((images[part], labels[part]), mesh)
+
+
+def _streamed(recipe: Recipe, mesh: Mesh, data_dir: Path | None) -> Inputs:
+    share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "data_dir": data_dir}
+    share["image_size"] = recipe.image_size
+    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **share)
+    examples = source.find_builder("imagenet2012", data_dir).info.splits["train"].num_examples
+
+    def feed(step: int) -> Batch:
+        return _from_dict(next(iterator), mesh)
+
+    def evaluation() -> Iterator[Batch]:
+        for batch in imagenet.eval_batches(recipe.batch_size, **share):
+            yield _from_dict(batch, mesh)
+
+    signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
+    return Inputs(signature, feed, lambda batch, step: batch, evaluation, iterator.get_state, iterator.set_state)
+
+
+def _from_dict(batch: imagenet.Batch, mesh: Mesh) -> Batch:
+    return _shared((batch["image"], batch["label"]), mesh)
+
+
+def _shared(local: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> Batch:
+    """The batch of all processes, from this process's part."""
+    over_examples = NamedSharding(mesh, P("data"))
+    images, labels = (jax.make_array_from_process_local_data(over_examples, array) for array in local)
+    return images, labels
+
+
+def _digits() -> Dataset:
+    """The embedded digits; their 17 grey levels take all of a byte's range."""
+    parts = digits.load(DIGITS_TRAINING_EXAMPLES)
+    train, test = (Split(15 * part.images, part.labels) for part in (parts.train, parts.test))
+    return Dataset("digits", train, test, digits.NUM_CLASSES, *vision.channel_moments(train.images))

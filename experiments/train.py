@@ -1,0 +1,88 @@
+"""Training a recipe: it can be stopped at any moment, and goes on where it was."""
+
+import contextlib
+import json
+import signal
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+
+from experiments import runs, scale
+from experiments.checkpoints import Checkpoints
+from experiments.configs import Run
+from experiments.inputs import open_inputs
+from experiments.logs import Log
+from experiments.loop import run_steps
+from experiments.program import make_program
+from experiments.recipes import Recipe
+
+
+def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
+    """Where a run's results go: ``out``, or a folder under results/."""
+    return out or Path("results") / name / f"{recipe.method}-{recipe.augmentation}-seed{recipe.seed}"
+
+
+def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
+    """Trains one network, or goes on with it: after any interruption the same call continues.
+
+    The result is that of a run without interruption, bit by bit on the same hardware.
+
+    Args:
+      name: of the recipe, for the folder.
+      recipe: what to train.
+      run: how.
+
+    Returns:
+      The folder with config.json, metrics.csv, steps.jsonl, TensorBoard events and checkpoints.
+
+    Raises:
+      FileExistsError: if the folder holds another run, or another process is writing to it.
+      FileNotFoundError: if the data is not there, with what to do.
+      FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
+      SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
+    """
+    folder = folder_of(name, recipe, run.out)
+    mesh = scale.start(run)
+    is_first = jax.process_index() == 0
+    console = Console(quiet=not is_first)
+    runs.check_free(recipe, folder)
+    with contextlib.ExitStack() as stack:
+        inputs = open_inputs(recipe, mesh, run.data_dir)
+        program = make_program(recipe, inputs.signature, mesh, inputs.select)
+        scale.wait_for_all("checked")
+        if is_first:
+            folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(runs.locked(folder))
+            runs.save_config(recipe, folder)
+            _note_environment(folder, mesh)
+        steps = inputs.signature.steps_per_epoch
+        period = run.keep_every and run.keep_every * steps
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
+        state = program.init(recipe.seed)
+        if checkpoints.last is not None:
+            state, position = checkpoints.restore(state)
+            inputs.restore(position)
+        log = stack.enter_context(Log(folder, int(state.step), is_first))
+        console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
+        state, stop = run_steps(recipe, run, inputs, program, state, checkpoints, log, console)
+    if stop:
+        console.print(f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there.")
+        sys.exit(128 + stop)
+    return folder
+
+
+def _note_environment(folder: Path, mesh: Mesh) -> None:
+    """One line for each start: software, devices and command."""
+    device = mesh.devices.flat[0]
+    note = {
+        "versions": {name: version(name) for name in ("jax", "optax", "flax")},
+        "devices": f"{mesh.size} x {device.platform} ({device.device_kind})",
+        "processes": jax.process_count(),
+        "command": sys.argv,
+    }
+    with (folder / "environment.jsonl").open("a") as file:
+        file.write(json.dumps(note) + "\n")
