@@ -1,11 +1,8 @@
 """The settings of each experiment, as typed dataclasses whose fields are the command line's options."""
 
 import dataclasses
-<<<<<<< HEAD
 import functools
-=======
 from pathlib import Path
->>>>>>> train
 from typing import Literal
 
 import jax
