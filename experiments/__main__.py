@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import configs, recipes
+from experiments.figures.settings import Figures, What
 
 Experiment = tyro.conf.Positional[Literal["digits"]]
 Settings = Annotated[configs.Digits, tyro.conf.arg(name="")]
@@ -51,6 +52,25 @@ def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa:
     benchmark(config)
 
 
+def figures(
+    what: tyro.conf.Positional[What],
+    folder: tyro.conf.Positional[Path],
+    settings: Annotated[Figures, tyro.conf.arg(name="")] = Figures(),  # noqa: B008
+    out: Path | None = None,
+) -> None:
+    """Measure curvature and loss surfaces of trained networks, and draw the paper's figures and table 3.
+
+    Args:
+        what: One figure, table3, html (surfaces to turn with the mouse), or all figures and the table.
+        folder: Folder of the training runs, results/RECIPE.
+        settings: What to measure. What was measured before is not measured again.
+        out: Folder for numbers and figures; FOLDER/figures by default.
+    """
+    from experiments.figures.command import figures
+
+    figures(what, folder, settings, out)
+
+
 def train_command(recipe: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
@@ -78,7 +98,13 @@ def main() -> int:
     try:
         recipe = recipes.get(_recipe_name(sys.argv[1:]))
         tyro.extras.subcommand_cli_from_dict(
-            {"train": train_command(recipe), "compare": compare, "tune": tune, "benchmark": benchmark},
+            {
+                "train": train_command(recipe),
+                "compare": compare,
+                "tune": tune,
+                "benchmark": benchmark,
+                "figures": figures,
+            },
             prog="python -m experiments",
             description="Experiments around crsam_jax.",
         )

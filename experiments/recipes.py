@@ -80,6 +80,8 @@ class Recipe:
     """Parts in which a batch passes the network, one after the other; the perturbation is that of the whole batch."""
     examples_per_class: int | None = None
     """Train on so many of each class."""
+    test_examples_per_class: int | None = None
+    """Evaluate on so many of each class, the same for all seeds."""
     label_noise: float = 0.0
     """Fraction of the training labels that become wrong."""
     validation_fraction: float = 0.0
@@ -127,8 +129,8 @@ REDUCED: dict[str, Recipe] = {
         weight_decay=5e-4,
     ),
     "cifar10-resnet8": dataclasses.replace(
-        PAPER["cifar10-resnet18"], model="resnet8", model_options={"width": 8, "stem": "imagenet"}, epochs=20,
-        examples_per_class=200, batch_size=64, weight_decay=5e-4,
+        PAPER["cifar10-resnet18"], model="resnet8", model_options={"width": 8, "stem": "imagenet"}, epochs=24,
+        examples_per_class=200, test_examples_per_class=200, batch_size=64, weight_decay=5e-4, augmentation="none",
     ),
     "fashion-small-vit": Recipe(
         "fashion_mnist", "vit_ti4", epochs=10, batch_size=64, learning_rate=1e-3, weight_decay=0.05, optimizer="adamw",
