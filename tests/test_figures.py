@@ -11,28 +11,25 @@ import pytest
 
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 
-from crsam_jax import curvature
 from experiments import recipes
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.figures import command, network, tables
+from experiments.figures import command, measure, measures, network, surfaces, tables
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE
 from experiments.figures.measures import Curvature, Ratio
 from experiments.figures.settings import Figures
 from experiments.figures.surface_plots import grid_of, interactive
 from experiments.figures.surfaces import SurfacePoint
 from experiments.figures.table import cells
-from experiments.figures.trained import Trained, find_runs, snapshots
+from experiments.figures.trained import Snapshot, Trained, find_runs, snapshots
 from experiments.logs import EpochRow
 from experiments.program import make_program
 from experiments.scale import start
 
 TINY = dataclasses.replace(
-    recipes.get("digits-small-resnet"), model="resnet8", model_options={"width": 4}, epochs=2, examples_per_class=10
+    recipes.get("digits-small-resnet"), model="resnet8", model_options={"width": 2}, epochs=2, examples_per_class=10
 )
-SETTINGS = Figures(
-    train_examples=20, test_examples=20, num_probes=2, num_steps=3, ratio_examples=20, surface_points=3, batch_size=20
-)
+SETTINGS = Figures(surface_points=3)
 
 
 def metrics(epoch, accuracy):
@@ -40,16 +37,15 @@ def metrics(epoch, accuracy):
 
 
 def write_run(folder, recipe):
-    """The folder that training would leave, with networks that only differ by their seed and a shift an epoch."""
+    """The folder that training would leave: a network that grows by a tenth an epoch."""
     run = folder / f"{recipe.method}-seed{recipe.seed}"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(recipe)))
-    rows = [metrics(epoch, 50.0 + recipe.seed) for epoch in (1, 2)]
-    lines = [",".join(EpochRow._fields), *(",".join(map(repr, row)) for row in rows)]
+    lines = [",".join(EpochRow._fields), *(",".join(map(repr, metrics(epoch, 50.0 + epoch))) for epoch in (1, 2))]
     (run / "metrics.csv").write_text("\n".join(lines) + "\n")
-    dataset = network.load(recipe)
-    signature = network.signature_of(recipe, dataset)
-    state = make_program(recipe, signature, start(Run(devices=1))).init(recipe.seed)
+    signature = network.signature_of(recipe, network.load(recipe))
+    program = make_program(recipe, signature, start(Run(devices=1)))
+    state = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), jax.eval_shape(program.init, 0))
     with contextlib.closing(Checkpoints(run, keep=9)) as checkpoints:
         for epoch in (1, 2):
             params = jax.tree.map(lambda w, epoch=epoch: w * (1 + 0.1 * epoch), state.params)
@@ -58,46 +54,59 @@ def write_run(folder, recipe):
     return run
 
 
+def fake_curvature(losses, snapshot, batch, settings, run, split):
+    """Numbers that follow from the parameters, without their cost."""
+    size = float(jax.tree.leaves(snapshot.params)[0].ravel()[0])
+    return Curvature(*run, snapshot.epoch, split, len(batch[1]), *[size + len(split)] * 11)
+
+
+def fake_ratio(losses, snapshot, batch, training_batch, settings, run):
+    return Ratio(*run, snapshot.epoch, len(batch[1]), settings.ratio_rho, 0.9 / snapshot.epoch, 0.1, 0.8, 0.1, 0, 1.0)
+
+
+def fake_surface(losses, snapshot, batch, settings, run):
+    grid = np.linspace(-1, 1, settings.surface_points)
+    return [
+        SurfacePoint(*run, snapshot.epoch, float(x), float(y), float(x**2 + 2 * y**2 + 0.1)) for y in grid for x in grid
+    ]
+
+
+@pytest.fixture(scope="module")
+def fakes():
+    with pytest.MonkeyPatch.context() as patch:
+        for name, fake in (("curvature", fake_curvature), ("ratio", fake_ratio), ("surface", fake_surface)):
+            patch.setattr(measure, f"measure_{name}", fake)
+        yield
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("runs")
-    for method in ("base", "crsam"):
+    for method in ("crsam", "base"):
         write_run(folder, dataclasses.replace(TINY, method=method))
     return folder
 
 
 @pytest.fixture(scope="module")
-def out(folder):
+def out(folder, fakes):
     return command.figures("all", folder, SETTINGS)
 
 
 def test_all_figures_and_numbers_are_written(out):
     for name in ("figure1", "figure2", "figure4", "figure5"):
         assert (out / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        assert "<svg" in (out / f"{name}.svg").read_text()
-    rows = tables.read(out / CURVATURE, Curvature)
-    expected = {(m, 0, e, s) for m in ("base", "crsam") for e in (1, 2) for s in ("train", "test")}
-    assert {row[:4] for row in rows} == expected
-    assert len(rows) == len(expected)
-    assert {row[:3] for row in tables.read(out / RATIO, Ratio)} == {(m, 0, e) for m, _, e, _ in expected}
+        assert "CR-SAM" in (out / f"{name}.svg").read_text()
+    keys = [row[:4] for row in tables.read(out / CURVATURE, Curvature)]
+    expected = [(m, 0, e, s) for m in ("base", "crsam") for e in (1, 2) for s in ("train", "test")]
+    assert keys == expected
+    assert [row[:3] for row in tables.read(out / RATIO, Ratio)] == [key[:3] for key in expected[::2]]
     assert len(tables.read(out / SURFACE, SurfacePoint)) == 2 * 9
 
 
-def test_the_numbers_are_those_of_the_checkpoint(folder, out):
-    run = find_runs(folder)[0]
-    dataset = network.load(run.recipe)
-    signature = network.signature_of(run.recipe, dataset)
-    [last] = snapshots(run, signature, [2])
-    losses = network.losses_of(run.recipe, signature)
-    data = {"batch": network.examples(dataset.train, 20, dataset), "model_state": last.model_state}
-    [row] = [r for r in tables.read(out / CURVATURE, Curvature) if r[:4] == ("base", 0, 2, "train")]
-    assert row.loss == pytest.approx(float(losses.mean(last.params, **data)), rel=1e-5)
-    assert row.gradient_norm == pytest.approx(curvature.gradient_norm(losses.mean, last.params, data), rel=1e-4)
-    assert row.normalized_trace == pytest.approx(row.trace / row.gradient_norm, rel=1e-5)
-    assert row.examples == 20
-    xs, ys, surface = grid_of(tables.read(out / SURFACE, SurfacePoint), "base")
-    assert surface[1, 1] == pytest.approx(row.loss, rel=1e-4)  # the centre is the network itself
-    np.testing.assert_allclose((xs, ys), [[-1, 0, 1]] * 2)
+def test_each_row_is_measured_on_the_checkpoint_of_its_epoch(out):
+    rows = [row for row in tables.read(out / CURVATURE, Curvature) if row[0] == "base" and row.split == "train"]
+    assert [row.loss for row in rows] == pytest.approx([1.1 + 5, 1.2 + 5])
+    assert {row.examples for row in rows} == {100}  # all there are
 
 
 def test_nothing_is_measured_twice_and_other_settings_need_another_folder(folder, out):
@@ -108,15 +117,84 @@ def test_nothing_is_measured_twice_and_other_settings_need_another_folder(folder
         command.figures("table3", folder, dataclasses.replace(SETTINGS, num_probes=3))
 
 
-def test_an_interrupted_measurement_goes_on(folder, out):
-    before = tables.read(out / CURVATURE, Curvature)
+@pytest.mark.parametrize("cut", [3, 40])
+def test_a_measurement_that_was_cut_off_goes_on(folder, out, cut):
     path = out / CURVATURE
     text = path.read_text()
-    path.write_text(text[: text.rstrip("\n").rfind("\n") + 20])  # the last line cut off
+    path.write_text(text[:-cut])
     command.figures("table3", folder, SETTINGS)
-    after = tables.read(path, Curvature)
-    numbers = slice(0, Curvature._fields.index("trace_seconds"))
-    assert [row[numbers] for row in after] == [row[numbers] for row in before]
+    assert path.read_text() == text
+
+
+def softmax_losses():
+    """A linear classifier, so small that its Hessian can be written down."""
+
+    def each(params, batch, model_state):
+        x, y = batch
+        return -jnp.take_along_axis(jax.nn.log_softmax(x @ params + model_state), y[:, None], axis=1)[:, 0]
+
+    def mean(params, batch, model_state):
+        return each(params, batch, model_state).mean()
+
+    def accuracy(params, batch, model_state):
+        x, y = batch
+        return 100 * jnp.mean(jnp.argmax(x @ params + model_state, -1) == y)
+
+    return network.Losses(mean, each, accuracy)
+
+
+@pytest.fixture
+def linear():
+    rng = np.random.default_rng(0)
+    batch = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32), jnp.asarray(rng.integers(0, 4, 12))
+    return softmax_losses(), Snapshot(5, jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.arange(4.0)), batch
+
+
+def test_the_measures_are_those_of_the_dense_hessian(linear):
+    losses, snapshot, batch = linear
+    whole = {"batch": batch, "model_state": snapshot.model_state}
+    settings = Figures(num_probes=100, num_steps=12, batch_size=5)
+    row = measures.measure_curvature(losses, snapshot, batch, settings, ("sam", 3), "test")
+    assert row[:5] == ("sam", 3, 5, "test", 12)
+    hessian = np.asarray(jax.hessian(losses.mean)(snapshot.params, **whole)).reshape(12, 12)
+    assert row.loss == pytest.approx(float(losses.mean(snapshot.params, **whole)), rel=1e-5)
+    assert row.accuracy == pytest.approx(float(losses.accuracy(snapshot.params, **whole)), rel=1e-5)
+    gradient = jax.grad(losses.mean)(snapshot.params, **whole)
+    assert row.gradient_norm == pytest.approx(float(jnp.linalg.norm(gradient)), rel=1e-5)
+    assert abs(row.trace - np.trace(hessian)) < 5 * row.trace_error
+    assert row.normalized_trace == pytest.approx(row.trace / row.gradient_norm, rel=1e-6)
+    assert row.top_eigenvalue == pytest.approx(np.linalg.eigvalsh(hessian)[-1], rel=1e-4)
+
+
+def test_the_ratio_of_each_training_batch_has_its_own_perturbation(linear):
+    losses, snapshot, batch = linear
+    settings = Figures(ratio_rho=1e-3)
+    row = measures.measure_ratio(losses, snapshot, batch, 4, settings, ("sam", 3))
+    assert row[:5] == ("sam", 3, 5, 12, 1e-3)
+    assert row.ratio_of_means == pytest.approx(1, abs=0.02)  # the loss is all but linear that near
+
+
+def test_the_centre_of_the_surface_is_the_network(linear):
+    losses, snapshot, batch = linear
+    points = surfaces.measure_surface(losses, snapshot, batch, Figures(surface_points=3), ("sam", 3))
+    xs, ys, values = grid_of(points, "sam")
+    np.testing.assert_array_equal((xs, ys), [[-1, 0, 1]] * 2)
+    loss = losses.mean(snapshot.params, batch, snapshot.model_state)
+    assert values[1, 1] == pytest.approx(float(loss), rel=1e-5)
+
+
+def test_the_measured_loss_is_that_of_evaluation_mode(folder):
+    run = find_runs(folder)[0]
+    dataset = network.load(run.recipe)
+    signature = network.signature_of(run.recipe, dataset)
+    [last] = snapshots(run, signature, [2])
+    program = make_program(run.recipe, signature, start(Run(devices=1)))
+    images, labels = dataset.train
+    total, correct, count = program.evaluate(last.params, last.model_state, (jnp.asarray(images), jnp.asarray(labels)))
+    losses, batch = network.losses_of(run.recipe, signature), network.examples(dataset.train, 1000, dataset)
+    arguments = last.params, batch, last.model_state
+    assert float(losses.mean(*arguments)) == pytest.approx(float(total / count), rel=1e-5)
+    assert float(losses.accuracy(*arguments)) == pytest.approx(float(100 * correct / count), rel=1e-5)
 
 
 def test_an_epoch_that_was_not_kept_is_named(folder):

@@ -65,13 +65,17 @@ def figure_2(curvature: Sequence[Curvature], ratios: Sequence[Ratio], labels: Ma
                 for split, (line, marker, name) in _SPLITS.items():
                     rows = [r for r in curvature if r.split == split]
                     _over_epochs(axis, rows, method, field, label=name, marker=marker, linestyle=line, color=color)
-                axis.set(yscale="log", title=_AXES[field] if row is axes[0] else "")
+                axis.set_yscale("log")
+                style.plain_log_ticks(axis.yaxis)
             _against_ratio(row[3], curvature, ratios, method, color)
-            row[3].set(xscale="log", title="ratio against C(w), training set" if row is axes[0] else "")
+            row[3].set_xscale("log")
+            style.plain_log_ticks(row[3].xaxis, (1, 3))
             row[0].set_ylabel(label, fontweight="bold")
-        for axis in axes[-1, :3]:
-            axis.set_xlabel("epoch")
-        axes[-1, 3].set_xlabel("C(w)")
+        titles = (*(_AXES[field] for field in fields), _AXES["ratio_of_means"])
+        for top, bottom, title in zip(axes[0], axes[-1], titles, strict=True):
+            top.set_title(title)
+            bottom.set_xlabel("epoch")
+        axes[-1, 3].set_xlabel("C(w), training set")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
         style.save(figure, out, "figure2")
 

@@ -11,7 +11,10 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.axis import Axis
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+from PIL import Image
 
 WIDTH = 7.0
 """Inches: two columns of a paper."""
@@ -62,10 +65,20 @@ def band(axis: Axes, x: Sequence[float], values: Sequence[Sequence[float]], **li
         axis.fill_between(x, mean - deviation, mean + deviation, color=line["color"], alpha=0.15, linewidth=0)
 
 
+def plain_log_ticks(axis: Axis, multiples: Sequence[float] = (1, 2, 3, 5)) -> None:
+    """Ticks at these multiples of powers of ten, written as plain numbers."""
+    axis.set_major_locator(LogLocator(subs=multiples))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter("{x:g}")
+
+
 def save(figure: Figure, out: Path, name: str) -> list[Path]:
-    """Writes name.png and name.svg."""
+    """Writes name.png, in 256 colours, and name.svg."""
     paths = [out / f"{name}.png", out / f"{name}.svg"]
     figure.savefig(paths[0], dpi=150)
+    with Image.open(paths[0]) as image:
+        small = image.convert("RGB").quantize(256)
+    small.save(paths[0], optimize=True)
     figure.savefig(paths[1], metadata={"Date": None})
     plt.close(figure)
     return paths

@@ -6,8 +6,8 @@ from typing import Any
 
 import matplotlib.pyplot as plt
 import numpy as np
-from matplotlib.axes import Axes
 from matplotlib.colors import LogNorm
+from matplotlib.ticker import MaxNLocator
 
 from experiments.figures import style
 from experiments.figures.surfaces import SurfacePoint
@@ -40,28 +40,33 @@ def figure_4(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: Pat
     low, high = _range(grids)
     norm, levels = LogNorm(low, high), np.geomspace(low, high, _CONTOURS)
     with plt.rc_context(style.SETTINGS):
-        figure = plt.figure(figsize=(style.WIDTH, 4.6), layout="constrained")
-        flat: list[Axes] = []
-        for i, (method, label) in enumerate(labels.items(), start=1):
-            xs, ys, losses = grids[method]
-            steep: Any = figure.add_subplot(2, len(labels), i, projection="3d")
-            mesh = np.meshgrid(xs, ys)
-            steep.plot_surface(*mesh, losses, cmap=_COLORS, norm=norm, rcount=50, ccount=50, linewidth=0.1)
-            steep.set(title=label, zlim=(0, high), xlabel=_FIRST, ylabel=_SECOND)
-            steep.tick_params(labelsize=6, pad=-2)
-            steep.xaxis.labelpad = steep.yaxis.labelpad = -6
-            steep.set_box_aspect(None, zoom=0.85)
-            axis = figure.add_subplot(
-                2, len(labels), len(labels) + i, sharex=flat[0] if flat else None, sharey=flat[0] if flat else None
-            )
-            drawn = axis.contour(xs, ys, losses, levels, cmap=_COLORS, norm=norm, linewidths=1)
-            axis.clabel(drawn, levels[1::3], fmt="%.2g", fontsize=6)
-            axis.plot(0, 0, "k+", markersize=6)
-            axis.set(aspect="equal", xlabel=_FIRST, ylabel="" if flat else _SECOND)
-            flat.append(axis)
-        scale = plt.cm.ScalarMappable(norm, _COLORS)
-        figure.colorbar(scale, ax=flat, label=f"{_LOSS}, logarithmic", format="%.2g", shrink=0.9)
+        figure = plt.figure(figsize=(style.WIDTH, 4.7), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1), hspace=0)
+        flat = below.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
+        for i, (method, label) in enumerate(labels.items()):
+            steep = above.add_subplot(1, len(labels), i + 1, projection="3d")
+            _surface(steep, grids[method], norm, high)
+            steep.set_title(label, y=0.98)
+            drawn = flat[i].contour(*grids[method], levels, cmap=_COLORS, norm=norm, linewidths=1)
+            flat[i].clabel(drawn, levels[4::3], fmt="%.2g", fontsize=6)
+            flat[i].plot(0, 0, "k+", markersize=6)
+            flat[i].set(aspect="equal", xlabel=_FIRST)
+        flat[0].set_ylabel(_SECOND)
+        bar = below.colorbar(plt.cm.ScalarMappable(norm, _COLORS), ax=flat, label=_LOSS, shrink=0.9)
+        style.plain_log_ticks(bar.ax.yaxis, (1, 2, 5))
         style.save(figure, out, "figure4")
+
+
+def _surface(axis: Any, grid: Grid, norm: LogNorm, high: float) -> None:
+    """One surface on axes in 3-d."""
+    xs, ys, losses = grid
+    axis.plot_surface(*np.meshgrid(xs, ys), losses, cmap=_COLORS, norm=norm, rcount=50, ccount=50, linewidth=0.1)
+    axis.set(zlim=(0, high), xlabel=_FIRST, ylabel=_SECOND, zlabel=_LOSS)
+    for side in (axis.xaxis, axis.yaxis, axis.zaxis):
+        side.set_major_locator(MaxNLocator(3))
+        side.labelpad = -8
+    axis.tick_params(labelsize=6, pad=-3)
+    axis.set_box_aspect((1, 1, 0.75), zoom=0.9)
 
 
 def interactive(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: Path) -> Path:

@@ -9,7 +9,10 @@ from experiments.figures.tables import mean_and_deviation
 from experiments.figures.trained import Trained
 
 _FIELDS = ("gradient_norm", "trace", "normalized_trace", "top_eigenvalue")
-_TITLES = {"test": "Test set, as in the paper", "train": "Training set"}
+_TITLES = {
+    "test": "Test set, as in the paper; accuracy on all test images of the runs, the rest on {} of them",
+    "train": "Training set, {} images",
+}
 
 
 class Cell(NamedTuple):
@@ -61,7 +64,7 @@ def table_3(curvature: Sequence[Curvature], trained: Sequence[Trained], labels: 
         rows = [row for row in curvature if row.split == split]
         seeds, epoch = len({row.seed for row in rows}), max(row.epoch for row in rows)
         lines = [
-            f"{title}: {rows[0].examples} images, after epoch {epoch}; mean ± standard deviation over {seeds} seed(s).",
+            f"{title.format(rows[0].examples)}, after epoch {epoch}: {_spread(seeds)}.",
             "",
             "| method | ‖∇L‖ | Tr ∇²L | C(w) | λ₁ | accuracy, % |",
             "|---|---|---|---|---|---|",
@@ -72,3 +75,7 @@ def table_3(curvature: Sequence[Curvature], trained: Sequence[Trained], labels: 
     text = "\n".join(parts)
     (out / "table3.md").write_text(text)
     return text
+
+
+def _spread(seeds: int) -> str:
+    return f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"

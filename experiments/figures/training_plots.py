@@ -17,7 +17,7 @@ _PANELS = (
 
 
 def figure_5(trained: Sequence[Trained], labels: Mapping[str, str], out: Path) -> None:
-    """Loss and accuracy on training batches, as trained on, and on the test set; each row of panels on one scale.
+    """Loss and accuracy on training batches, as trained on, and on the test set; both losses on one scale.
 
     Args:
       trained: the runs with their metrics.
@@ -25,7 +25,7 @@ def figure_5(trained: Sequence[Trained], labels: Mapping[str, str], out: Path) -
       out: folder for figure5.png and figure5.svg.
     """
     with plt.rc_context(style.SETTINGS):
-        figure, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 4.2), layout="constrained", sharex=True, sharey="row")
+        figure, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 4.2), layout="constrained", sharex=True)
         for axis, (field, name) in zip(axes.flat, _PANELS, strict=True):
             for method, label in labels.items():
                 runs = [run.metrics for run in trained if run.recipe.method == method]
@@ -33,9 +33,10 @@ def figure_5(trained: Sequence[Trained], labels: Mapping[str, str], out: Path) -
                 values = [[getattr(run[i], field) for run in runs] for i in range(len(epochs))]
                 style.band(axis, epochs, values, label=label, **style.look(method, list(labels)))
             axis.set_ylabel(name)
-            axis.tick_params(labelleft=True)
-        axes[0, 0].set_ylim(bottom=0)
+        for axis in axes[0]:
+            axis.set_ylim(0, max(a.get_ylim()[1] for a in axes[0]))
         axes[1, 0].set_ylim(0, 100)
+        figure.align_ylabels(axes)
         for axis in axes[1]:
             axis.set_xlabel("epoch")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=len(labels))
