@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+PARALLEL := --numprocesses auto --maxprocesses 4
 
 .PHONY: demo test test-fast lint types wheel clean
 
@@ -9,10 +10,10 @@ demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a t
 	$(BIN)/python -m experiments compare digits
 
 test: $(VENV)/.dev  ## all tests, docstring examples and the examples of README.md and docs/
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

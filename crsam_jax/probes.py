@@ -36,13 +36,13 @@ def evaluate_loss(loss: Loss, params: Any, axis_name: str | None) -> jax.Array:
     """L(w) alone; under jit XLA merges it with the caller's own forward pass at w."""
     if axis_name is None:
         return loss(params)
-    return jax.lax.pmean(loss(_varying(params, axis_name)), axis_name)
+    return jax.lax.pmean(loss(varying(params, axis_name)), axis_name)
 
 
 def evaluate(loss: Loss, points: Sequence[Any], evaluation: str, axis_name: str | None) -> list[Evaluation]:
     """Losses and gradients at each of ``points``, averaged over the mesh axis ``axis_name`` if there is one."""
     if axis_name is not None:
-        points = [_varying(point, axis_name) for point in points]
+        points = [varying(point, axis_name) for point in points]
     evaluations = _evaluate_here(jax.value_and_grad(loss), points, evaluation)
     if axis_name is not None:
         evaluations = jax.lax.pmean(evaluations, axis_name)
@@ -104,7 +104,7 @@ def _after(first: Any, then: Any) -> Any:
     return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)
 
 
-def _varying(params: Any, axis_name: str) -> Any:
+def varying(params: Any, axis_name: str) -> Any:
     """Params marked as differing along the axis, so that their gradients are not summed over it.
 
     Inside ``shard_map(check_vma=True)`` the gradient with respect to a replicated value is the sum over the

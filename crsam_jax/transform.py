@@ -4,6 +4,7 @@ Guards choose, they never blend: a NaN in a value that is not chosen does no har
 """
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +24,7 @@ from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.ascent import Ascent, Mask, gradient_ascent, masked_ascent
 from crsam_jax.diagnostics import Diagnostics, accumulated, initial
 from crsam_jax.penalties import Penalty, Step
-from crsam_jax.probes import EVALUATIONS, evaluate, evaluate_loss, perturb, synced
+from crsam_jax.probes import EVALUATIONS, evaluate, evaluate_loss, perturb, synced, varying
 
 _LOSSES = ("loss_minus",)
 
@@ -107,28 +108,31 @@ def sharpness_aware(
         check_params(params)
         check_gradient(updates, params)
         dtype = _tree.wide_dtype(params)
-        loss, probe_axis = bind(extra_args), axis_name if sync_perturbation else None
+        loss, local_axis = bind(extra_args), None if sync_perturbation else axis_name
+        probe_axis = axis_name if sync_perturbation else None
+        here = params if local_axis is None else varying(params, local_axis)
 
-        def gradient_fn(point: Any) -> Any:
-            return evaluate(loss, [point], evaluation, probe_axis)[0].grads
+        def gradient_fn(point: Any, axis: str | None = probe_axis) -> Any:
+            return evaluate(loss, [point], evaluation, axis)[0].grads
 
-        direction, ascent_state = ascent.apply(updates, state.ascent, params, gradient_fn)
+        direction, ascent_state = ascent.apply(updates, state.ascent, here, gradient_fn)
         gradient, seen = _combined(
             loss,
             penalty,
             {name: value_at(value, state.count, dtype) for name, value in penalty.hyperparams.items()},
             updates,
-            params,
+            here,
             direction,
             value_at(rho, state.count, dtype),
             state.count,
             evaluation,
             probe_axis,
         )
-        if axis_name is not None and not sync_perturbation:
-            # The parts share one memory, which follows the averaged gradient.
-            _, ascent_state = ascent.apply(synced(updates, axis_name), state.ascent, params, gradient_fn)
-            gradient, seen = synced((gradient, seen), axis_name)
+        if local_axis is not None:
+            # The parts share one memory, that of a step with the averaged gradient.
+            everywhere = partial(gradient_fn, axis=local_axis)
+            _, ascent_state = ascent.apply(synced(updates, local_axis), state.ascent, params, everywhere)
+            gradient, seen = synced((gradient, seen), local_axis)
         new_state = SharpnessAwareState(
             count=optax.safe_increment(state.count),
             ascent=ascent_state,

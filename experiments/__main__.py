@@ -1,5 +1,6 @@
 """The command line: ``python -m experiments --help``."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -13,13 +14,17 @@ from experiments.figures.settings import Figures, What
 Experiment = tyro.conf.Positional[Literal["digits"]]
 Settings = Annotated[configs.Digits, tyro.conf.arg(name="")]
 BenchmarkSettings = Annotated[configs.Benchmark, tyro.conf.arg(name="")]
+Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+Run = Annotated[configs.Run, tyro.conf.arg(name="")]
+RecipeFields = Annotated[recipes.Recipe, tyro.conf.arg(name="")]
 
 
 def compare(experiment: Experiment, config: Settings = configs.Digits(), out: Path | None = None) -> None:  # noqa: B008
     """Train methods × seeds under the same settings; print a table, write metrics (CSV), settings, table and plot.
 
     Args:
-        experiment: What to train on: scikit-learn's handwritten digits, which need no download.
+        experiment: What to train on: scikit-learn's handwritten digits, which need no download; or a recipe: see
+            `compare RECIPE --help`.
         config: The settings.
         out: Folder for the results; a new one under results/ by default.
     """
@@ -71,18 +76,46 @@ def figures(
     figures(what, folder, settings, out)
 
 
-def train_command(recipe: recipes.Recipe) -> Callable[..., None]:
+def evaluate(
+    folder: tyro.conf.Positional[Path],
+    on: Literal["test", "imagenet-c", "imagenet-r"] = "test",
+    step: int | None = None,
+    run: Run = configs.Run(),  # noqa: B008
+) -> None:
+    """Evaluate a checkpoint: accuracy and loss.
+
+    Args:
+        folder: Of the run.
+        on: Its own evaluation data, or ImageNet's corruptions or renditions.
+        step: Of the checkpoint; the last by default.
+        run: Devices and data.
+    """
+    from experiments.evaluate import evaluate_run
+
+    evaluate_run(folder, on, step, run)
+
+
+def list_recipes() -> None:
+    """List the recipes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("name", "epochs", "batch", "learning rate", "weight decay", "SAM ρ", "CR-SAM ρ", "α", "β")
+    for name, r in recipes.RECIPES.items():
+        numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
+        penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
+        table.add_row(name, *(f"{number:g}" for number in numbers + penalty))
+    Console().print(table)
+
+
+def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
-    def train(
-        name: tyro.conf.Positional[str],
-        recipe: Annotated[recipes.Recipe, tyro.conf.arg(name="")] = recipe,
-        run: Annotated[configs.Run, tyro.conf.arg(name="")] = configs.Run(),  # noqa: B008
-    ) -> None:
+    def train(name: Name, recipe: RecipeFields = default, run: Run = configs.Run()) -> None:  # noqa: B008
         """Train one network. After an interruption the same command goes on where the run was.
 
         Args:
-            name: The recipe; `list` shows all.
+            name: The recipe; `list` shows all. The defaults below are its own.
             recipe: What to train.
             run: How.
         """
@@ -93,20 +126,49 @@ def train_command(recipe: recipes.Recipe) -> Callable[..., None]:
     return train
 
 
+def compare_command(default: recipes.Recipe) -> Callable[..., None]:
+    """The subcommand compare for recipes."""
+
+    def compare(
+        name: Name,
+        recipe: RecipeFields = default,
+        run: Run = configs.Run(),  # noqa: B008
+        methods: tuple[str, ...] = ("base", "sam", "crsam"),
+        seeds: int = 3,
+    ) -> None:
+        """Train methods × seeds of a recipe, or go on with it; write a table (mean ± std), CSV and a plot.
+
+        Args:
+            name: The recipe.
+            recipe: What to train, but for method and seed.
+            run: How.
+            methods: To compare.
+            seeds: How many of each: 0, 1, ...
+        """
+        from experiments.compare_recipes import compare
+
+        compare(name, recipe, methods, seeds, run)
+
+    return compare
+
+
 def main() -> int:
     """Runs one subcommand; an error that the user can mend is one line, not a traceback."""
     try:
-        recipe = recipes.get(_recipe_name(sys.argv[1:]))
+        name = _recipe_name(sys.argv[1:])
+        recipe = recipes.get(name or "cifar10-resnet18")
+        commands = {
+            "train": train_command(recipe),
+            "evaluate": evaluate,
+            "compare": compare_command(recipe) if name else compare,
+            "list": list_recipes,
+            "tune": tune,
+            "benchmark": benchmark,
+            "figures": figures,
+        }
+        _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(
-            {
-                "train": train_command(recipe),
-                "compare": compare,
-                "tune": tune,
-                "benchmark": benchmark,
-                "figures": figures,
-            },
-            prog="python -m experiments",
-            description="Experiments around crsam_jax.",
+            commands, prog="python -m experiments", description="Experiments around crsam_jax."
         )
     except (FileExistsError, FileNotFoundError, FloatingPointError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -114,11 +176,15 @@ def main() -> int:
     return 0
 
 
-def _recipe_name(args: list[str]) -> str:
-    """The recipe that a command line names; it decides the defaults of the options."""
-    if len(args) > 1 and args[0] == "train" and not args[1].startswith("-"):
-        return args[1]
-    return "cifar10-resnet18"
+def _recipe_name(args: list[str]) -> str | None:
+    """The recipe that a command line names, whose values become the options' defaults."""
+    names_one = len(args) > 1 and args[0] in ("train", "compare") and not args[1].startswith("-")
+    return args[1] if names_one and args[1] != "digits" else None
+
+
+def _keep_compiled_programs() -> None:
+    """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
+    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
 
 
 if __name__ == "__main__":

@@ -14,11 +14,11 @@ class Checkpoints:
 
     Args:
       folder: of the run.
-      keep: how many of the newest to keep.
+      keep: how many of the newest to keep; all if it is None.
       keep_period: steps; a checkpoint at a multiple is kept for good.
     """
 
-    def __init__(self, folder: Path, keep: int = 3, keep_period: int | None = None):
+    def __init__(self, folder: Path, keep: int | None = 3, keep_period: int | None = None):
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True, enable_async_checkpointing=True
         )

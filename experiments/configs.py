@@ -13,7 +13,7 @@ import jax
 class Sgd:
     """SGD's settings, chosen by `python -m experiments tune digits`."""
 
-    learning_rate: float = 0.03
+    learning_rate: float = 0.01
     """Peak of the cosine schedule."""
 
 
@@ -35,10 +35,10 @@ class Sam:
 class CrSam:
     """CR-SAM's settings, chosen by `python -m experiments tune digits`."""
 
-    learning_rate: float = 0.03
-    rho: float = 0.2
-    alpha: float = 0.1
-    beta: float = 0.01
+    learning_rate: float = 0.1
+    rho: float = 0.4
+    alpha: float = 0.5
+    beta: float = 0.1
     penalty: Literal["log", "linear"] = "log"
     offset: float = 1.0
     max_penalty_ratio: float | None = None

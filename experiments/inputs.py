@@ -140,21 +140,34 @@ def split_batches(split: Split, mesh: Mesh) -> Iterator[Batch]:
         yield _shared((images[part], labels[part]), mesh)
 
 
+def streamed_batches(
+    recipe: Recipe, mesh: Mesh, data_dir: Path | None, name: str = "imagenet2012", split: str = "validation"
+) -> Iterator[Batch]:
+    """The evaluation batches of ImageNet, or of a relative with its classes."""
+    share = _share(recipe, data_dir)
+    for batch in imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share):
+        yield _from_dict(batch, mesh)
+
+
 def _streamed(recipe: Recipe, mesh: Mesh, data_dir: Path | None) -> Inputs:
-    share = {"process_index": jax.process_index(), "process_count": jax.process_count(), "data_dir": data_dir}
-    share["image_size"] = recipe.image_size
-    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **share)
+    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, data_dir))
     examples = source.find_builder("imagenet2012", data_dir).info.splits["train"].num_examples
-
-    def feed(step: int) -> Batch:
-        return _from_dict(next(iterator), mesh)
-
-    def evaluation() -> Iterator[Batch]:
-        for batch in imagenet.eval_batches(recipe.batch_size, **share):
-            yield _from_dict(batch, mesh)
-
     signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
-    return Inputs(signature, feed, lambda batch, step: batch, evaluation, iterator.get_state, iterator.set_state)
+    return Inputs(
+        signature,
+        feed=lambda step: _from_dict(next(iterator), mesh),
+        select=lambda batch, step: batch,
+        evaluation=partial(streamed_batches, recipe, mesh, data_dir),
+        position=iterator.get_state,
+        restore=iterator.set_state,
+    )
+
+
+def _share(recipe: Recipe, data_dir: Path | None) -> dict[str, Any]:
+    return {
+        "data_dir": data_dir, "image_size": recipe.image_size,
+        "process_index": jax.process_index(), "process_count": jax.process_count(),
+    }  # fmt: skip
 
 
 def _from_dict(batch: imagenet.Batch, mesh: Mesh) -> Batch:

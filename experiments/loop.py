@@ -14,7 +14,7 @@ from rich.console import Console
 from experiments import scale
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.inputs import Inputs
+from experiments.inputs import Batch, Inputs
 from experiments.logs import EpochRow, Log, diagnostics
 from experiments.program import Program, State
 from experiments.progress import Bar, Clock
@@ -76,9 +76,11 @@ def run_steps(
     return state, 0
 
 
-def evaluate(program: Program, inputs: Inputs, state: State) -> Evaluation:
-    """Evaluates a state over all of the evaluation data."""
-    sums = [program.evaluate(state.params, state.model_state, batch) for batch in inputs.evaluation()]
+def evaluate(
+    program: Program, state: State, batches: Iterator[Batch], classes: jax.Array | None = None
+) -> Evaluation:  # fmt: skip
+    """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
+    sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
     loss, correct, examples = (float(value) for value in sum(sums))
     return Evaluation(loss / examples, 100 * correct / examples)
 
@@ -109,7 +111,7 @@ def caught_signals() -> Iterator[list[int]]:
 def _epoch_row(recipe: Recipe, inputs: Inputs, program: Program, state: State, clock: Clock) -> EpochRow:
     step, per_epoch = int(state.step), inputs.signature.steps_per_epoch  # waits for the epoch's last step
     images_per_second, waiting = recipe.batch_size * clock.steps_per_second, clock.waiting_percent
-    evaluation = evaluate(program, inputs, state)
+    evaluation = evaluate(program, state, inputs.evaluation())
     return EpochRow(
         epoch=step // per_epoch,
         step=step,

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -10,8 +11,6 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-
-from experiments.training import EpochRecord
 
 # Okabe and Ito's colour-blind safe palette, without its yellow.
 _COLORS = ("#000000", "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -24,14 +23,28 @@ _PANELS = (
 )
 
 
-def curves(records: Sequence[EpochRecord], labels: Mapping[str, str], path: Path) -> None:
+TRAINING_PANELS = (
+    ("test_accuracy", "test accuracy, %", False),
+    ("test_loss", "test loss", True),
+    ("train_accuracy", "training accuracy, %", False),
+    ("train_loss", "training loss", True),
+)
+"""For runs of recipes."""
+
+
+def curves(
+    records: Sequence[Any],
+    labels: Mapping[str, str],
+    path: Path,
+    panels: Sequence[tuple[str, str, bool]] = _PANELS,
+) -> None:
     """Draws four measures over training: a line for the mean over seeds, a band for ± one standard deviation.
 
     The horizontal axis is the share of the method's own epochs, since methods may train for different ones.
     """
     methods = list(dict.fromkeys(r.method for r in records))
     figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
-    for axis, (field, title, logarithmic) in zip(axes.flat, _PANELS, strict=True):
+    for axis, (field, title, logarithmic) in zip(axes.flat, panels, strict=True):
         for method, color in zip(methods, _COLORS, strict=False):
             _line(axis, [r for r in records if r.method == method], field, labels[method], color)
         axis.set_ylabel(title)
@@ -48,7 +61,7 @@ def curves(records: Sequence[EpochRecord], labels: Mapping[str, str], path: Path
     plt.close(figure)
 
 
-def _line(axis: Axes, records: Sequence[EpochRecord], field: str, label: str, color: str) -> None:
+def _line(axis: Axes, records: Sequence[Any], field: str, label: str, color: str) -> None:
     epochs = sorted({r.epoch for r in records})
     values = np.array([[getattr(r, field) for r in records if r.epoch == epoch] for epoch in epochs])
     mean, std = values.mean(axis=1), values.std(axis=1, ddof=1) if values.shape[1] > 1 else 0

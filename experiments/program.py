@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 from experiments import models
 from experiments.augment import augment, normalize
 from experiments.inputs import Batch, Signature
+from experiments.models.convnet import ConvNet
 from experiments.optimizers import learning_rate, optimizer
 from experiments.recipes import Recipe
 
@@ -50,14 +51,15 @@ class Program(NamedTuple):
     Attributes:
       init: from a seed to the first state.
       step: from a state (donated) and a feed to the next state.
-      evaluate: from params, model state and a batch to the sum of losses, right answers and examples.
+      evaluate: from params, model state, a batch, and which classes may be answered (or None: all), to the sum of
+        losses, right answers and examples.
       loss_fn: the training loss, ``(params, model_state, images, labels) -> loss, (model state, right answers)``.
       schedule: the learning rate of each step.
     """
 
     init: Callable[[int], State]
     step: Callable[[State, Any], State]
-    evaluate: Callable[[Any, Any, Batch], jax.Array]
+    evaluate: Callable[[Any, Any, Batch, jax.Array | None], jax.Array]
     loss_fn: Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
     schedule: optax.Schedule
 
@@ -114,11 +116,12 @@ def make_program(
         )
 
     @partial(jax.jit, out_shardings=everywhere)
-    def evaluate(params: Any, model_state: Any, batch: Batch) -> jax.Array:
+    def evaluate(params: Any, model_state: Any, batch: Batch, classes: jax.Array | None) -> jax.Array:
         images, labels = batch
         model = nnx.merge(graphdef, params, model_state, copy=True)
         model.eval()
         logits = model(normalize(images, signature.mean, signature.std))
+        logits = logits if classes is None else jnp.where(classes, logits, -jnp.inf)
         is_real = labels >= 0
         losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(is_real, labels, 0))
         is_right = jnp.argmax(logits, -1) == labels
@@ -128,10 +131,11 @@ def make_program(
 
 
 def _make_model(recipe: Recipe, signature: Signature, seed: int) -> nnx.Module:
-    return models.build(
-        recipe.model, signature.num_classes, signature.image_shape, nnx.Rngs(jax.random.key(seed)), jnp.dtype(recipe.dtype),
-        **recipe.model_options,
-    )  # fmt: skip
+    shape, rngs = signature.image_shape, nnx.Rngs(jax.random.key(seed))
+    if recipe.model == "convnet":
+        return ConvNet(shape[-1], signature.num_classes, **recipe.model_options, rngs=rngs)
+    dtype = jnp.dtype(recipe.dtype)
+    return models.build(recipe.model, signature.num_classes, shape, rngs, dtype, **recipe.model_options)
 
 
 def _loss(graphdef: Any) -> Callable[..., Any]:

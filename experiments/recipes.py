@@ -49,7 +49,7 @@ class Recipe:
     dataset: Literal["cifar10", "cifar100", "fashion_mnist", "digits", "imagenet2012"]
     """digits ships inside scikit-learn; the others are prepared by TFDS."""
     model: str
-    """A network of experiments.models."""
+    """A network of experiments.models, or convnet."""
     epochs: int
     batch_size: int
     """Of all devices together."""
@@ -70,8 +70,8 @@ class Recipe:
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
     seed: int = 0
     """Of initial weights, order, augmentations, subset and label noise."""
-    model_options: dict[str, int | str] = dataclasses.field(default_factory=dict)
-    """Changes to the network, such as width 16."""
+    model_options: dict[str, int | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    """Changes to the network, such as its width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the network computes; parameters and losses are float32."""
     batch_norm: Literal["global", "device"] = "global"
@@ -125,8 +125,8 @@ PAPER: dict[str, Recipe] = {
 
 REDUCED: dict[str, Recipe] = {
     "cifar10-small-resnet": dataclasses.replace(
-        PAPER["cifar10-resnet18"], model_options={"width": 8}, epochs=10, examples_per_class=300, batch_size=64,
-        weight_decay=5e-4,
+        PAPER["cifar10-resnet18"], model_options={"stage_sizes": (1, 1, 1), "width": 16}, epochs=10,
+        examples_per_class=300, batch_size=64, weight_decay=5e-4,
     ),
     "cifar10-resnet8": dataclasses.replace(
         PAPER["cifar10-resnet18"], model="resnet8", model_options={"width": 8, "stem": "imagenet"}, epochs=24,
@@ -137,9 +137,9 @@ REDUCED: dict[str, Recipe] = {
         warmup_epochs=1.0, examples_per_class=300, model_options={"width": 96, "depth": 4, "patch_size": 7},
         crsam=CrSam(0.1, 0.05, 0.01),
     ),
-    "digits-small-resnet": Recipe(
-        "digits", "resnet18", epochs=10, batch_size=50, learning_rate=0.05, weight_decay=5e-4, augmentation="none",
-        model_options={"width": 8},
+    "digits-convnet": Recipe(
+        "digits", "convnet", epochs=10, batch_size=50, learning_rate=0.05, weight_decay=5e-4, augmentation="none",
+        model_options={"width": 16},
     ),
 }  # fmt: skip
 """Runs of minutes on a CPU."""

@@ -70,7 +70,9 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
         console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
         state, stop = run_steps(recipe, run, inputs, program, state, checkpoints, log, console)
     if stop:
-        console.print(f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there.")
+        console.print(
+            f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there."
+        )
         sys.exit(128 + stop)
     return folder
 

@@ -14,6 +14,7 @@ import crsam_jax
 from experiments import configs
 from experiments.data import digits
 from experiments.data.dataset import Split
+from experiments.data.subset import with_label_noise
 from experiments.methods import METHODS, evaluations_per_step, settings_of, with_settings
 from experiments.models.convnet import ConvNet
 
@@ -49,7 +50,7 @@ class Task(NamedTuple):
 def make_task(config: configs.Digits, seed: int, evaluate_on: str = "test") -> Task:
     """The training split with the seed's wrong labels, and the clean split to evaluate on: "test" or "validation"."""
     data = digits.load(config.train_examples)
-    noisy = digits.with_label_noise(data.train, config.label_noise, seed)
+    noisy = with_label_noise(data.train, config.label_noise, digits.NUM_CLASSES, seed)
     return Task(_on_device(noisy), _on_device(getattr(data, evaluate_on)))
 
 

@@ -56,6 +56,27 @@ def polynomial(cubic: bool, seed: int = 0) -> Problem:
     return Problem(a @ a.T / n + np.eye(n), rng.normal(size=n), 7.0, cubic * rng.uniform(-0.3, 0.3, size=n), params)
 
 
+def direction_and_gradient(problem: Problem) -> tuple[np.ndarray, np.ndarray]:
+    g = flat(jax.grad(problem.loss)(problem.params))
+    return g / np.linalg.norm(g), g
+
+
+def closed_form(problem: Problem, rho: float) -> tuple[Any, ...]:
+    """v, g, g⁺, g⁺ − g⁻, g⁺ + g⁻ − 2g, S and D along the gradient, all exact.
+
+    With H = ∇²L(w): g± = g ± ρHv + ½ρ² t v², S = ρ² vᵀHv and D = 2ρ⟨v, g⟩ + ⅓ρ³ Σ tᵢvᵢ³.
+    """
+    v, g = direction_and_gradient(problem)
+    bend = problem.hessian_at(problem.params) @ v
+    second = problem.cubic * v**2
+    g_plus = g + rho * bend + rho**2 * second / 2
+    difference = 2 * rho * bend  # g⁺ − g⁻
+    second_gradient = rho**2 * second  # g⁺ + g⁻ − 2g
+    s = rho**2 * v @ bend
+    d = 2 * rho * v @ g + rho**3 * np.sum(problem.cubic * v**3) / 3
+    return v, g, g_plus, difference, second_gradient, s, d
+
+
 def mlp(seed: int = 0, examples: int = 32, dtype: Any = jnp.float32) -> tuple[Callable[..., jax.Array], Any, Any]:
     """``loss_fn(params, batch)`` of a two-layer network, its params and a batch."""
     rng = np.random.default_rng(seed)

@@ -44,17 +44,6 @@ def test_an_impossible_split_says_what_is_possible(train_examples):
         digits.load(train_examples)
 
 
-@pytest.mark.parametrize("fraction", [0.0, 0.37, 1.0])
-def test_label_noise_makes_exactly_its_share_wrong_and_no_image(fraction):
-    split = digits.load(200).train
-    noisy = digits.with_label_noise(split, fraction, seed=3)
-    assert np.sum(noisy.labels != split.labels) == round(fraction * 200)
-    assert np.all((noisy.labels >= 0) & (noisy.labels < 10))
-    np.testing.assert_array_equal(noisy.images, split.images)
-    again = digits.with_label_noise(split, fraction, seed=3)
-    np.testing.assert_array_equal(again.labels, noisy.labels)
-
-
 def test_a_batch_order_covers_each_example_at_most_once():
     data = (np.arange(70), np.arange(70))
     batches = list(training._batches(data, 32, np.random.default_rng(0)))

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import crsam
+from crsam_jax import crsam, gradient_norm_penalty, sam
 from tests.problems import MEMBERS, flat, mlp, one_step
 
 HALF = [jnp.bfloat16, jnp.float16]
@@ -75,8 +75,6 @@ def test_norms_of_half_precision_do_not_overflow_or_stall(dtype):
 @pytest.mark.parametrize("dtype", HALF)
 def test_the_combination_is_rounded_once(dtype):
     """(1−α) g + α g⁺ in half precision would round three times."""
-    from crsam_jax import gradient_norm_penalty
-
     loss_fn = lambda w: 0.5 * jnp.sum(w.astype(jnp.float32) ** 2)
     w = jnp.asarray(np.random.default_rng(0).normal(size=500), dtype)
     found, _ = one_step(gradient_norm_penalty(loss_fn, 2.0, 0.3), loss_fn, w)
@@ -87,8 +85,6 @@ def test_the_combination_is_rounded_once(dtype):
 
 def test_float16_with_a_scaled_loss_gives_the_scaled_gradient():
     """SAM's direction does not see the loss's scale, so loss scaling goes through it."""
-    from crsam_jax import sam
-
     loss_fn, params, batch = in_dtypes(jnp.float16)
     scaled_fn = lambda params, batch, scale: scale * loss_fn(params, batch)
     results = [flat(one_step(sam(scaled_fn), scaled_fn, params, batch=batch, scale=s)[0]) / s for s in (1.0, 256.0)]

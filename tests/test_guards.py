@@ -208,3 +208,10 @@ def test_each_step_is_counted_at_most_once_and_only_if_guarded(evaluation):
 def test_one_sided_methods_report_no_field_they_cannot_fill(name):
     fields = set(run(MEMBERS[name](square), W)[1]._fields)
     assert fields == {"loss", "loss_plus", "grad_norm", "cosine", "curvature", "guarded_steps"}
+
+
+def test_a_step_that_fell_back_on_g_is_not_counted_as_bounded():
+    """The penalty is there and above its bound, but L⁺ is broken, so it has no part in the result."""
+    options = {"penalty": "linear", "alpha": 1.0, "beta": 1.0, "max_penalty_ratio": 1e-3}
+    assert run(crsam(square, 0.2, **options), W)[1].bounded_steps == 1
+    assert run(crsam(gate(np.nan, "plus", "loss"), 0.2, **options), W)[1].bounded_steps == 0

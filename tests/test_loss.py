@@ -79,7 +79,7 @@ def test_kwargs_get_everything_but_the_reserved_names():
         seen.update(kwargs)
         return total(params, factor)
 
-    LossBinder(loss_fn, False)(dict(factor=1.0, batch=2, value=3, grad=4, value_fn=5, rng=6))(PARAMS)
+    LossBinder(loss_fn, False)({"factor": 1.0, "batch": 2, "value": 3, "grad": 4, "value_fn": 5, "rng": 6})(PARAMS)
     assert seen == {"batch": 2, "rng": 6}
 
 

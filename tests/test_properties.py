@@ -10,9 +10,8 @@ from hypothesis import strategies as st
 from crsam_jax import adaptive_ascent, crsam_gradient, gradient_ascent
 from tests.problems import MEMBERS, flat, one_step, polynomial
 
-# Few examples where each is a compilation, and no deadlines: how long that takes is no property.
-thorough = settings(deadline=None, max_examples=60)
-frugal = settings(deadline=None, max_examples=8)
+thorough = settings(max_examples=40)
+frugal = settings(max_examples=6)  # where each example is a compilation
 
 numbers = st.floats(-100, 100, width=32).map(lambda x: round(x, 2))
 vectors = st.lists(numbers, min_size=6, max_size=6).filter(lambda values: any(abs(x) > 0.01 for x in values))

@@ -1,5 +1,7 @@
 """Eight devices give what one gives: under jit, shard_map with and without its check, and pmap."""
 
+from functools import cache
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -15,15 +17,8 @@ from tests.problems import MEMBERS, mlp
 AXIS = "data"
 LOSS_FN, PARAMS, BATCH = mlp(examples=64)
 NAMES = ("sam", "crsam")
-close = lambda found, expected: chex.assert_trees_all_close(found, expected, rtol=2e-5, atol=2e-6)
-
-
-@pytest.fixture
-def mesh():
-    devices = jax.devices("cpu")
-    if len(devices) < 8:
-        pytest.skip("jax started with fewer than 8 CPU devices, before tests/conftest.py could ask for them")
-    return jax.make_mesh((8,), (AXIS,), devices=devices[:8], axis_types=(jax.sharding.AxisType.Auto,))
+# The curvature is a second difference: devices that sum in another order change it by a few ε of the loss over ρ².
+close = lambda found, expected: chex.assert_trees_all_close(found, expected, rtol=5e-5, atol=5e-5)
 
 
 def transformation(name, **options):
@@ -32,12 +27,16 @@ def transformation(name, **options):
 
 def train(tx, grads_of, params, state, batch):
     """Two steps, so that a mistake in the first is seen at another point too."""
-    for _ in range(2):
+
+    def step(carry, _):
+        params, state = carry
         updates, state = tx.update(grads_of(params, batch), state, params, batch=batch)
-        params = optax.apply_updates(params, updates)
-    return params, state
+        return (optax.apply_updates(params, updates), state), None
+
+    return jax.lax.scan(step, (params, state), length=2)[0]
 
 
+@cache
 def on_one_device(name):
     tx = transformation(name)
     return jax.jit(lambda p, s, b: train(tx, jax.grad(LOSS_FN), p, s, b))(PARAMS, tx.init(PARAMS), BATCH)
@@ -72,12 +71,11 @@ def averaged_gradient(check_vma):
     return grads_of
 
 
-@pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("check_vma", [True, False])
-@pytest.mark.parametrize("evaluation", ["auto", "ordered", "vmap"])
+@pytest.mark.parametrize(
+    ("name", "evaluation"), [("sam", "auto"), ("crsam", "auto"), ("crsam", "ordered"), ("crsam", "vmap")]
+)
 def test_shard_map_averages_the_probes_over_the_axis(name, check_vma, evaluation, mesh):
-    if name == "sam" and evaluation != "auto":
-        pytest.skip("one probe has one way to be evaluated")
     tx = transformation(name, axis_name=AXIS, evaluation=evaluation)
     step = jax.shard_map(
         lambda p, s, b: train(tx, averaged_gradient(check_vma), p, s, b),
@@ -113,12 +111,14 @@ def test_without_axis_name_each_device_probes_its_own_shard(mesh):
 
 
 def test_pure_function_under_shard_map(mesh):
-    gradient_fn = crsam_gradient(LOSS_FN, axis_name=AXIS)
+    gradient_fn = crsam_gradient(LOSS_FN, 0.5, axis_name=AXIS)
     step = jax.shard_map(
         lambda p, b: gradient_fn(p, averaged_gradient(True)(p, b), batch=b),
         mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(),
     )  # fmt: skip
-    close(jax.device_get(jax.jit(step)(PARAMS, BATCH)), jax.device_get(crsam_gradient(LOSS_FN)(PARAMS, batch=BATCH)))
+    close(
+        jax.device_get(jax.jit(step)(PARAMS, BATCH)), jax.device_get(crsam_gradient(LOSS_FN, 0.5)(PARAMS, batch=BATCH))
+    )
 
 
 @pytest.mark.parametrize("check_vma", [True, False])

@@ -2,16 +2,16 @@
 
 from functools import partial
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 from crsam_jax import crsam, crsam_gradient, gradient_ascent, sam
 from tests.problems import MEMBERS, TWO_SIDED, flat, mlp
-
-chex = pytest.importorskip("chex")
 
 SCHEDULE = optax.linear_schedule(0.0, 0.2, 3)
 LOSS_FN, PARAMS, _ = mlp(examples=8)
@@ -172,7 +172,6 @@ def test_the_pure_function_takes_traced_numbers():
 
 @pytest.mark.parametrize("name", ["asam", *TWO_SIDED[:1]])
 def test_an_orbax_round_trip_in_mid_run_continues_bit_exactly(name, tmp_path):
-    ocp = pytest.importorskip("orbax.checkpoint")
     tx = optax.chain(MEMBERS[name](LOSS_FN, rho=SCHEDULE), optax.adam(1e-2))
     step = jax.jit(make_step(tx))
     carry = start(tx)

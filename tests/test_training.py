@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn import datasets
 
 from crsam_jax import crsam
 from tests.problems import MEMBERS
-
-datasets = pytest.importorskip("sklearn.datasets")
 
 STEPS, BATCH_SIZE = 300, 64
 
@@ -62,11 +61,11 @@ def train(tx, seed=0):
     return float(accuracy), state[0].diagnostics
 
 
-@pytest.mark.parametrize("name", ["sam", "asam", "wsam", "gsam", "gradient_norm_penalty", "crsam", "crsam_bounded"])
+@pytest.mark.parametrize("name", ["sam", "crsam"])
 def test_training_learns(name):
     accuracy, diagnostics = train(MEMBERS[name](loss_fn))
     assert accuracy > 0.93
-    assert diagnostics.guarded_steps < STEPS / 20
+    assert diagnostics.guarded_steps == 0
 
 
 def test_eq_7_needs_a_bound_at_the_papers_values():

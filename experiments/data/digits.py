@@ -46,21 +46,6 @@ def load(train_examples: int, validation_examples: int = 500) -> Digits:
     return Digits(*(Split(images[index], labels[index]) for index in (train, validation, test)))
 
 
-def with_label_noise(split: Split, fraction: float, seed: int) -> Split:
-    """The same split with exactly round(fraction · n) labels replaced by a wrong one, uniformly at random.
-
-    Raises:
-      ValueError: if fraction is not in [0, 1].
-    """
-    if not 0 <= fraction <= 1:
-        raise ValueError(f"label noise must be a fraction in [0, 1], got {fraction}.")
-    rng = np.random.default_rng(seed)
-    wrong = rng.permutation(len(split.labels))[: round(fraction * len(split.labels))]
-    labels = split.labels.copy()
-    labels[wrong] = (labels[wrong] + rng.integers(1, NUM_CLASSES, len(wrong))) % NUM_CLASSES
-    return Split(split.images, labels)
-
-
 def normalized(images: np.ndarray) -> np.ndarray:
     """Float32 images of about zero mean and unit variance over the data set."""
     return ((images.astype(np.float32) - 4.884) / 6.017).astype(np.float32)

@@ -66,7 +66,7 @@ def _surface(axis: Any, grid: Grid, norm: LogNorm, high: float) -> None:
         side.set_major_locator(MaxNLocator(3))
         side.labelpad = -8
     axis.tick_params(labelsize=6, pad=-3)
-    axis.set_box_aspect((1, 1, 0.75), zoom=0.9)
+    axis.set_box_aspect((1, 1, 0.75), zoom=0.82)
 
 
 def interactive(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: Path) -> Path:

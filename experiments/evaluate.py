@@ -1,0 +1,67 @@
+"""Accuracy and loss of a trained network: on its test data, on ImageNet-C and on ImageNet-R."""
+
+import statistics
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from rich.progress import track
+
+from experiments.configs import Run
+from experiments.data import imagenet
+from experiments.inputs import streamed_batches
+from experiments.loop import Evaluation, evaluate
+from experiments.restore import Restored, restore
+
+On = Literal["test", "imagenet-c", "imagenet-r"]
+
+
+def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Run = Run()) -> Evaluation:  # noqa: B008
+    """Evaluates a checkpoint and prints the result.
+
+    Args:
+      folder: of the run.
+      on: its own evaluation data; ImageNet-C, the mean over 15 corruptions and 5 severities; or ImageNet-R, where
+        only its 200 classes may be answered.
+      step: of the checkpoint; the last by default.
+      run: devices and the folder of the data.
+
+    Returns:
+      Loss and accuracy.
+
+    Raises:
+      FileNotFoundError: if there is no such run, checkpoint or data.
+      ValueError: if the network was not trained on ImageNet, and ``on`` is.
+    """
+    restored = restore(folder, step, run)
+    if on != "test" and restored.recipe.dataset != "imagenet2012":
+        raise ValueError(f"{on} is for networks trained on ImageNet; {folder} is of {restored.recipe.dataset}.")
+    match on:
+        case "test":
+            result = evaluate(restored.program, restored.state, restored.inputs.evaluation())
+        case "imagenet-c":
+            result = _mean([_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C")])
+        case "imagenet-r":
+            result = _renditions(restored, run)
+    print(f"{folder}, step {int(restored.state.step)}, {on}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
+    return result
+
+
+def _corruptions() -> list[str]:
+    return [f"{name}_{severity}" for name in imagenet.CORRUPTIONS for severity in imagenet.SEVERITIES]
+
+
+def _corrupted(restored: Restored, corruption: str, run: Run) -> Evaluation:
+    batches = streamed_batches(restored.recipe, restored.mesh, run.data_dir, f"imagenet2012_corrupted/{corruption}")
+    return evaluate(restored.program, restored.state, batches)
+
+
+def _renditions(restored: Restored, run: Run) -> Evaluation:
+    classes = np.zeros(imagenet.NUM_CLASSES, bool)
+    classes[imagenet.classes_present("imagenet_r", "test", run.data_dir)] = True
+    batches = streamed_batches(restored.recipe, restored.mesh, run.data_dir, "imagenet_r", "test")
+    return evaluate(restored.program, restored.state, batches, classes)
+
+
+def _mean(results: list[Evaluation]) -> Evaluation:
+    return Evaluation(*(statistics.fmean(values) for values in zip(*results, strict=True)))

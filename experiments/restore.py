@@ -1,0 +1,63 @@
+"""A run from its folder: the recipe, the compiled functions and the state of a checkpoint, to measure with."""
+
+import json
+from contextlib import closing
+from pathlib import Path
+from typing import NamedTuple
+
+from jax.sharding import Mesh
+
+from experiments import recipes, scale
+from experiments.checkpoints import Checkpoints
+from experiments.configs import Run
+from experiments.inputs import Inputs, open_inputs
+from experiments.program import Program, State, make_program
+from experiments.recipes import Recipe
+
+
+class Restored(NamedTuple):
+    """A run as it was at one checkpoint."""
+
+    recipe: Recipe
+    mesh: Mesh
+    inputs: Inputs
+    program: Program
+    state: State
+
+
+def read_recipe(folder: Path) -> Recipe:
+    """The recipe of the run in a folder.
+
+    Raises:
+      FileNotFoundError: if there is no run.
+    """
+    path = folder / "config.json"
+    if not path.exists():
+        raise FileNotFoundError(f"{folder} holds no run: there is no config.json.")
+    return recipes.from_dict(json.loads(path.read_text()))
+
+
+def checkpoint_steps(folder: Path) -> list[int]:
+    """The steps of all checkpoints of a run, ascending."""
+    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+        return checkpoints.steps
+
+
+def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008
+    """Opens a run at a checkpoint.
+
+    Args:
+      folder: of the run.
+      step: of the checkpoint; the last by default.
+      run: devices and the folder of the data.
+
+    Raises:
+      FileNotFoundError: if there is no such run, checkpoint or data.
+    """
+    recipe = read_recipe(folder)
+    mesh = scale.start(run)
+    inputs = open_inputs(recipe, mesh, run.data_dir)
+    program = make_program(recipe, inputs.signature, mesh, inputs.select)
+    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+        state, _ = checkpoints.restore(program.init(recipe.seed), step)
+    return Restored(recipe, mesh, inputs, program, state)
