@@ -8,11 +8,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import inputs, models
+from experiments import inputs
 from experiments.augment import normalize
 from experiments.data import subset
 from experiments.data.dataset import Dataset, Split
 from experiments.inputs import Batch, Signature
+from experiments.program import make_network
 from experiments.recipes import Recipe
 
 
@@ -34,12 +35,7 @@ class Losses(NamedTuple):
 
 def losses_of(recipe: Recipe, signature: Signature) -> Losses:
     """Builds the loss of a recipe's network in evaluation mode, with stored statistics."""
-
-    def make_model() -> nnx.Module:
-        rngs, options = nnx.Rngs(0), dict[str, Any](recipe.model_options)
-        return models.build(recipe.model, signature.num_classes, signature.image_shape, rngs, **options)
-
-    graphdef = nnx.graphdef(nnx.eval_shape(make_model))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_network(recipe, signature, 0)))
 
     def logits_of(params: Any, images: jax.Array, model_state: Any) -> jax.Array:
         model = nnx.merge(graphdef, params, model_state, copy=True)

@@ -41,7 +41,8 @@ def figure_4(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: Pat
     norm, levels = LogNorm(low, high), np.geomspace(low, high, _CONTOURS)
     with plt.rc_context(style.SETTINGS):
         figure = plt.figure(figsize=(style.WIDTH, 4.7), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1.1, 1), hspace=0)
+        parts: Any = figure.subfigures(2, 1, height_ratios=(1.1, 1), hspace=0)
+        above, below = parts
         flat = below.subplots(1, len(labels), sharex=True, sharey=True, squeeze=False)[0]
         for i, (method, label) in enumerate(labels.items()):
             steep = above.add_subplot(1, len(labels), i + 1, projection="3d")
