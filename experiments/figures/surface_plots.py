@@ -65,7 +65,7 @@ def _surface(axis: Any, grid: Grid, norm: LogNorm, high: float) -> None:
     axis.set(zlim=(0, high), xlabel=_FIRST, ylabel=_SECOND, zlabel=_LOSS)
     for side in (axis.xaxis, axis.yaxis, axis.zaxis):
         side.set_major_locator(MaxNLocator(3))
-        side.labelpad = -8
+        side.labelpad = -6
     axis.tick_params(labelsize=6, pad=-3)
     axis.set_box_aspect((1, 1, 0.75), zoom=0.82)
 
