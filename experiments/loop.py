@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from rich.console import Console
 
 from experiments import scale
@@ -81,7 +82,7 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
     sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
-    loss, correct, examples = (float(value) for value in sum(sums))
+    loss, correct, examples = (float(value) for value in np.sum(jax.device_get(sums), axis=0, dtype=np.float64))
     return Evaluation(loss / examples, 100 * correct / examples)
 
 

@@ -88,7 +88,8 @@ def make_program(
 
     @partial(jax.jit, out_shardings=everywhere)
     def init(seed: int) -> State:
-        _, params, model_state = nnx.split(make_model(seed), nnx.Param, ...)
+        model = make_model(seed)
+        params, model_state = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
         rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
         none = jnp.zeros((), jnp.int32)
         return State(none, rng, params, model_state, tx.init(params), jnp.zeros(()), jnp.zeros(()), none, none - 1)

@@ -169,5 +169,5 @@ def test_checkpoints_are_the_newest_few_and_every_kth_epoch(tmp_path):
     recipe = dataclasses.replace(RECIPE, method="base", epochs=6)
     train(NAME, recipe, run_of(tmp_path, keep=1, keep_every=2))
     assert checkpoint_steps(tmp_path) == [2 * STEPS, 4 * STEPS, 6 * STEPS]
-    with pytest.raises(FileNotFoundError, match="step 20 .*40, 80, 120"):
+    with pytest.raises(FileNotFoundError, match=r"step 20 .*40, 80, 120"):
         restore(tmp_path, step=STEPS, run=run_of(tmp_path))
