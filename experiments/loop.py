@@ -82,7 +82,7 @@ def evaluate(
 ) -> Evaluation:  # fmt: skip
     """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
     sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
-    loss, correct, examples = (float(value) for value in np.sum(jax.device_get(sums), axis=0, dtype=np.float64))
+    loss, correct, examples = np.stack(jax.device_get(sums)).astype(np.float64).sum(axis=0).tolist()
     return Evaluation(loss / examples, 100 * correct / examples)
 
 
