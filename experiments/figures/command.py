@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments.figures import tables
 from experiments.figures.curvature_plots import figure_1, figure_2
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
@@ -51,8 +49,8 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     if what in ("all", "figure5"):
         figure_5(trained, labels, out)
     if what in ("all", "table3"):
-        Console().print(table_3(curvature, trained, labels, out), markup=False)
+        print(table_3(curvature, trained, labels, out))
     if what == "html":
         interactive(points, labels, out)
-    Console().print(f"Numbers and figures are in {out}.")
+    print(f"Numbers and figures are in {out}.")
     return out
