@@ -37,7 +37,9 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     out = out or folder / "figures"
     trained = find_runs(folder)
     labels = {run.recipe.method: run.label for run in trained}
-    measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
+    out.mkdir(parents=True, exist_ok=True)
+    if what != "figure5":
+        measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
     curvature, ratios = tables.read(out / CURVATURE, Curvature), tables.read(out / RATIO, Ratio)
     points = tables.read(out / SURFACE, SurfacePoint)
     if what in ("all", "figure1"):
