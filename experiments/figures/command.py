@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-from rich.console import Console
-
 from experiments.figures import tables
 from experiments.figures.curvature_plots import figure_1, figure_2
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
@@ -39,7 +37,9 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     out = out or folder / "figures"
     trained = find_runs(folder)
     labels = {run.recipe.method: run.label for run in trained}
-    measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
+    out.mkdir(parents=True, exist_ok=True)
+    if what != "figure5":
+        measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
     curvature, ratios = tables.read(out / CURVATURE, Curvature), tables.read(out / RATIO, Ratio)
     points = tables.read(out / SURFACE, SurfacePoint)
     if what in ("all", "figure1"):
@@ -51,8 +51,8 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     if what in ("all", "figure5"):
         figure_5(trained, labels, out)
     if what in ("all", "table3"):
-        Console().print(table_3(curvature, trained, labels, out), markup=False)
+        print(table_3(curvature, trained, labels, out))
     if what == "html":
         interactive(points, labels, out)
-    Console().print(f"Numbers and figures are in {out}.")
+    print(f"Numbers and figures are in {out}.")
     return out

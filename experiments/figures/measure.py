@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -96,8 +97,10 @@ def _measure_surface(
     done = [row for row in tables.read(out / SURFACE, SurfacePoint) if row[:3] == (*name, last.epoch)]
     if len(done) >= settings.surface_points**2:
         return
+    start = time.perf_counter()
     tables.append(out / SURFACE, measure_surface(losses, last, batch, settings, name))
-    console.print(f"{run.label}: surface of {settings.surface_points}² points")
+    seconds = time.perf_counter() - start
+    console.print(f"{run.label}, seed {run.recipe.seed}: {settings.surface_points}² points in {seconds:.0f} s")
 
 
 def _check_settings(settings: Figures, out: Path) -> None:
