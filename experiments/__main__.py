@@ -108,6 +108,21 @@ def list_recipes() -> None:
     Console().print(table)
 
 
+def readiness(
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    config: Annotated[configs.Readiness, tyro.conf.arg(name="")] = configs.Readiness(),  # noqa: B008
+) -> None:
+    """Print parameters, FLOPs and memory of a step, and hours on a device, without training.
+
+    Args:
+        names: Recipes; the rows of the paper by default.
+        config: The device.
+    """
+    from experiments.readiness import readiness
+
+    readiness(names, config)
+
+
 def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
@@ -162,6 +177,7 @@ def main() -> int:
             "evaluate": evaluate,
             "compare": compare_command(recipe) if name else compare,
             "list": list_recipes,
+            "readiness": readiness,
             "tune": tune,
             "benchmark": benchmark,
             "figures": figures,

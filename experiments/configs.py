@@ -108,3 +108,15 @@ class Run:
     """HOST:PORT of process 0."""
     num_processes: int | None = None
     process_id: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Readiness:
+    """What full-size runs take. Run it with `python -m experiments readiness`."""
+
+    teraflops: float = 100.0
+    """Sustained throughput of the device or of all devices together, 10¹² FLOP/s; a third of the peak is usual."""
+    compile: bool = False
+    """Compile each step for this machine's backend, for its memory; minutes each on a CPU."""
+    out: Path | None = None
+    """Write the table to this file too."""

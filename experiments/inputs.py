@@ -124,7 +124,7 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
 
     signature = Signature(images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
     evaluation = partial(split_batches, dataset.test, mesh)
-    return Inputs(signature, feed, select, evaluation, lambda: {}, lambda position: None)
+    return Inputs(signature, feed, select, evaluation, dict, lambda position: None)
 
 
 def split_batches(split: Split, mesh: Mesh) -> Iterator[Batch]:

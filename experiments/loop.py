@@ -6,9 +6,12 @@ import json
 import signal
 import time
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import ArrayLike
 from rich.console import Console
 
 from experiments import scale
@@ -67,8 +70,7 @@ def run_steps(
                 bar.print(row)
             stop = scale.agreed(signals, is_due=is_end or is_logged)
             if is_end or stop or (run.checkpoint_steps and step % run.checkpoint_steps == 0):
-                _check_finite(state, recipe, checkpoints, per_epoch)
-                checkpoints.save(state, inputs.position())
+                _save(state, inputs.position(), recipe, checkpoints, per_epoch)
             if stop:
                 return state, stop
             if is_end:
@@ -77,11 +79,11 @@ def run_steps(
 
 
 def evaluate(
-    program: Program, state: State, batches: Iterator[Batch], classes: jax.Array | None = None
+    program: Program, state: State, batches: Iterator[Batch], classes: ArrayLike | None = None
 ) -> Evaluation:  # fmt: skip
     """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
-    sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
-    loss, correct, examples = (float(value) for value in sum(sums))
+    sums = [np.asarray(program.evaluate(state.params, state.model_state, batch, classes), float) for batch in batches]
+    loss, correct, examples = np.sum(sums, axis=0).tolist()
     return Evaluation(loss / examples, 100 * correct / examples)
 
 
@@ -135,13 +137,32 @@ def _text(state: State, recipe: Recipe, per_epoch: int, clock: Clock) -> str:
     )
 
 
+@jax.jit
+def _all_finite(tree: Any) -> jax.Array:
+    return jnp.all(jnp.stack([jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(tree)]))
+
+
 def _check_finite(state: State, recipe: Recipe, checkpoints: Checkpoints, per_epoch: int) -> None:
     step = int(state.bad_step)
     if step >= 0:
-        last = checkpoints.last
-        raise FloatingPointError(
-            f"The training loss is not finite in step {step} (epoch {(step - 1) // per_epoch + 1}). "
-            + (f"The last checkpoint is that of step {last}, " if last is not None else "There is no checkpoint ")
-            + f"in {checkpoints.folder}. The run was {json.dumps(dataclasses.asdict(recipe))}. A smaller learning "
-            "rate, rho or penalty may help."
-        )
+        raise _not_finite("loss is not finite in", step, recipe, checkpoints, per_epoch)
+
+
+def _save(state: State, position: Any, recipe: Recipe, checkpoints: Checkpoints, per_epoch: int) -> None:
+    """Saves a state from which training can go on: with finite parameters."""
+    _check_finite(state, recipe, checkpoints, per_epoch)
+    if not _all_finite(state.params):
+        raise _not_finite("parameters are not finite after", int(state.step), recipe, checkpoints, per_epoch)
+    checkpoints.save(state, position)
+
+
+def _not_finite(
+    what: str, step: int, recipe: Recipe, checkpoints: Checkpoints, per_epoch: int
+) -> FloatingPointError:  # fmt: skip
+    last = checkpoints.last
+    return FloatingPointError(
+        f"The training {what} step {step} (epoch {(step - 1) // per_epoch + 1}). "
+        + (f"The last checkpoint is that of step {last}, " if last is not None else "There is no checkpoint ")
+        + f"in {checkpoints.folder}. The run was {json.dumps(dataclasses.asdict(recipe))}. A smaller learning "
+        "rate, rho or penalty may help."
+    )

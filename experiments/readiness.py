@@ -1,0 +1,168 @@
+"""What a full-size run takes, without running it: parameters, FLOPs and memory of a step, hours.
+
+The gradient and the base optimizer's step are lowered and XLA counts their FLOPs before any optimization. A method of
+k gradient evaluations is counted as the base step and k − 1 more gradients; its arithmetic over the parameters, some
+passes over memory, is not. Memory is that of the step compiled for this machine's backend: temporaries on a CPU are
+not those on a GPU or TPU.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from rich.progress import track
+
+from experiments import recipes, scale
+from experiments.configs import Readiness, Run
+from experiments.data import imagenet
+from experiments.inputs import Signature
+from experiments.optimizers import method_of
+from experiments.program import Program, make_program
+from experiments.recipes import Recipe
+
+METHODS = ("base", "sam", "crsam")
+
+# Shape of an image, classes, training examples.
+_SIZES: dict[str, tuple[tuple[int, int, int], int, int]] = {
+    "cifar10": ((32, 32, 3), 10, 50_000),
+    "cifar100": ((32, 32, 3), 100, 50_000),
+    "fashion_mnist": ((28, 28, 1), 10, 60_000),
+    "digits": ((8, 8, 1), 10, 1_000),
+}
+
+
+class Estimate(NamedTuple):
+    """One row: a recipe and a method."""
+
+    recipe: str
+    method: str
+    parameters: int
+    flops: float
+    """Of a step."""
+    steps: int
+    """Of the whole run."""
+    state_bytes: int
+    """Parameters, optimizer and model state: what every device holds between steps."""
+    temporary_bytes: int | None
+    """Of the compiled step, on this backend; None if it was not compiled."""
+
+    def hours(self, teraflops: float) -> float:
+        """Of the whole run at a sustained rate of 10¹² FLOP/s each."""
+        return self.flops * self.steps / (teraflops * 1e12) / 3600
+
+
+def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
+    """Estimates recipes × methods, prints the table and writes it to ``config.out``.
+
+    Raises:
+      ValueError: for an unknown name.
+    """
+    chosen = {name: recipes.get(name) for name in names or recipes.PAPER}
+    rows = [
+        row for name, recipe in track(chosen.items(), "lowering") for row in estimates(name, recipe, config.compile)
+    ]
+    text = table(rows, config.teraflops)
+    print(text)
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        config.out.write_text(text)
+    return rows
+
+
+def estimates(
+    name: str, recipe: Recipe, with_memory: bool = False, methods: Sequence[str] = METHODS
+) -> list[Estimate]:  # fmt: skip
+    """The rows of one recipe, a method each; nothing is allocated, and compiled only for the memory."""
+    signature = abstract_signature(recipe)
+    batch = abstract_batch(recipe, signature)
+    base = _program(recipe, signature, "base")
+    state = jax.eval_shape(base.init, 0)
+    step = _flops(base.step.lower(state, batch))
+    gradient = _gradient_flops(base, state, batch)
+    rows = []
+    for method in methods:
+        program = _program(recipe, signature, method)
+        state = jax.eval_shape(program.init, 0)
+        evaluations = method_of(dataclasses.replace(recipe, method=method)).evaluations
+        rows.append(
+            Estimate(
+                name,
+                method,
+                _size(state.params),
+                step + (evaluations - 1) * gradient,
+                recipe.epochs * signature.steps_per_epoch,
+                sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+                _temporaries(program, state, batch) if with_memory else None,
+            )
+        )
+    return rows
+
+
+def abstract_signature(recipe: Recipe) -> Signature:
+    """Shapes of a recipe's data, without the data."""
+    if recipe.dataset == "imagenet2012":
+        shape, classes, examples = (
+            (recipe.image_size, recipe.image_size, 3),
+            imagenet.NUM_CLASSES,
+            imagenet.TRAINING_EXAMPLES,
+        )
+    else:
+        shape, classes, examples = _SIZES[recipe.dataset]
+    if recipe.examples_per_class is not None:
+        examples = recipe.examples_per_class * classes
+    channels = shape[-1]
+    return Signature(shape, classes, (0.5,) * channels, (0.25,) * channels, examples // recipe.batch_size)
+
+
+def abstract_batch(recipe: Recipe, signature: Signature) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+    """Shapes of a batch."""
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *signature.image_shape), jnp.uint8)
+    return images, jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
+
+
+def table(rows: Sequence[Estimate], teraflops: float) -> str:
+    """The estimates as Markdown."""
+    backend = jax.default_backend()
+    titles = (
+        "recipe", "method", "parameters M", "GFLOP a step", "steps", "state MB", f"temporaries MB ({backend})",
+        f"hours at {teraflops:g} TFLOP/s",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
+    for row in rows:
+        cells = (
+            row.recipe,
+            row.method,
+            f"{row.parameters / 1e6:.2f}",
+            f"{row.flops / 1e9:,.0f}",
+            f"{row.steps:,}",
+            f"{row.state_bytes / 1e6:,.0f}",
+            "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
+            f"{row.hours(teraflops):.1f}",
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def _program(recipe: Recipe, signature: Signature, method: str) -> Program:
+    return make_program(dataclasses.replace(recipe, method=method), signature, scale.start(Run(devices=1)))
+
+
+def _gradient_flops(program: Program, state: Any, batch: Any) -> float:
+    images, labels = batch
+    images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
+    gradient = jax.jit(jax.value_and_grad(program.loss_fn, has_aux=True))
+    return _flops(gradient.lower(state.params, state.model_state, images, labels))
+
+
+def _flops(lowered: Any) -> float:
+    return float(lowered.cost_analysis()["flops"])
+
+
+def _temporaries(program: Program, state: Any, batch: Any) -> int:
+    return int(program.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes)
+
+
+def _size(tree: Any) -> int:
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
