@@ -79,11 +79,15 @@ class _Record:
 
 def _summary(label: str, seeds: list[list[EpochRow]]) -> Summary:
     last = [epochs[-1] for epochs in seeds]
-    accuracy, test_loss, train_loss = (
-        _mean_std([getattr(row, field) for row in last]) for field in ("test_accuracy", "test_loss", "train_loss")
-    )
     speed = statistics.median(row.images_per_second for epochs in seeds for row in epochs)
-    return Summary(label, len(seeds), *accuracy, *test_loss, *train_loss, speed)
+    return Summary(
+        label,
+        len(seeds),
+        *_mean_std([row.test_accuracy for row in last]),
+        *_mean_std([row.test_loss for row in last]),
+        *_mean_std([row.train_loss for row in last]),
+        speed,
+    )
 
 
 def _mean_std(values: Sequence[float]) -> tuple[float, float]:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from rich.console import Console
 
 from experiments import scale
@@ -78,11 +79,11 @@ def run_steps(
 
 
 def evaluate(
-    program: Program, state: State, batches: Iterator[Batch], classes: jax.Array | None = None
+    program: Program, state: State, batches: Iterator[Batch], classes: ArrayLike | None = None
 ) -> Evaluation:  # fmt: skip
     """Evaluates a state over all batches; ``classes`` says which ones may be answered."""
-    sums = [program.evaluate(state.params, state.model_state, batch, classes) for batch in batches]
-    loss, correct, examples = np.stack(jax.device_get(sums)).astype(np.float64).sum(axis=0).tolist()
+    sums = [np.asarray(program.evaluate(state.params, state.model_state, batch, classes), float) for batch in batches]
+    loss, correct, examples = np.sum(sums, axis=0).tolist()
     return Evaluation(loss / examples, 100 * correct / examples)
 
 

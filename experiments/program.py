@@ -10,6 +10,7 @@ import optax
 from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from jax.typing import ArrayLike
 
 from experiments import models
 from experiments.augment import augment, normalize
@@ -58,8 +59,8 @@ class Program(NamedTuple):
     """
 
     init: Callable[[int], State]
-    step: Callable[[State, Any], State]
-    evaluate: Callable[[Any, Any, Batch, jax.Array | None], jax.Array]
+    step: Any  # what jit returns: readiness lowers it
+    evaluate: Callable[[Any, Any, Batch, ArrayLike | None], jax.Array]
     loss_fn: Callable[..., tuple[jax.Array, tuple[Any, jax.Array]]]
     schedule: optax.Schedule
 
@@ -117,7 +118,7 @@ def make_program(
         )
 
     @partial(jax.jit, out_shardings=everywhere)
-    def evaluate(params: Any, model_state: Any, batch: Batch, classes: jax.Array | None) -> jax.Array:
+    def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:
         images, labels = batch
         model = nnx.merge(graphdef, params, model_state, copy=True)
         model.eval()

@@ -60,7 +60,9 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
       ValueError: for an unknown name.
     """
     chosen = {name: recipes.get(name) for name in names or recipes.PAPER}
-    rows = [row for name, recipe in track(chosen.items(), "lowering") for row in estimates(name, recipe, config.compile)]
+    rows = [
+        row for name, recipe in track(chosen.items(), "lowering") for row in estimates(name, recipe, config.compile)
+    ]
     text = table(rows, config.teraflops)
     print(text)
     if config.out is not None:
@@ -69,7 +71,9 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
     return rows
 
 
-def estimates(name: str, recipe: Recipe, with_memory: bool = False) -> list[Estimate]:
+def estimates(
+    name: str, recipe: Recipe, with_memory: bool = False, methods: Sequence[str] = METHODS
+) -> list[Estimate]:  # fmt: skip
     """The rows of one recipe, a method each; nothing is allocated, and compiled only for the memory."""
     signature = abstract_signature(recipe)
     batch = abstract_batch(recipe, signature)
@@ -78,7 +82,7 @@ def estimates(name: str, recipe: Recipe, with_memory: bool = False) -> list[Esti
     step = _flops(base.step.lower(state, batch))
     gradient = _gradient_flops(base, state, batch)
     rows = []
-    for method in METHODS:
+    for method in methods:
         program = _program(recipe, signature, method)
         state = jax.eval_shape(program.init, 0)
         evaluations = method_of(dataclasses.replace(recipe, method=method)).evaluations
@@ -99,7 +103,11 @@ def estimates(name: str, recipe: Recipe, with_memory: bool = False) -> list[Esti
 def abstract_signature(recipe: Recipe) -> Signature:
     """Shapes of a recipe's data, without the data."""
     if recipe.dataset == "imagenet2012":
-        shape, classes, examples = (recipe.image_size, recipe.image_size, 3), imagenet.NUM_CLASSES, imagenet.TRAINING_EXAMPLES
+        shape, classes, examples = (
+            (recipe.image_size, recipe.image_size, 3),
+            imagenet.NUM_CLASSES,
+            imagenet.TRAINING_EXAMPLES,
+        )
     else:
         shape, classes, examples = _SIZES[recipe.dataset]
     if recipe.examples_per_class is not None:

@@ -35,7 +35,7 @@ def split(examples):
 
 DATA = Dataset("synthetic", split(4 * BATCH), split(50), 10, (0.4,), (0.2,))
 RECIPE = dataclasses.replace(
-    recipes.get("digits-convnet"), method="crsam", augmentation="basic", batch_size=BATCH, model_options={"width": 4}
+    recipes.get("digits-convnet"), method="sam", augmentation="basic", batch_size=BATCH, model_options={"width": 4}
 )  # fmt: skip
 
 
@@ -65,9 +65,8 @@ def alone():
 
 def assert_close(found, expected):
     np.testing.assert_allclose(found[0], expected[0], rtol=2e-4)
-    jax.tree.map(
-        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3), found[1].params, expected[1].params
-    )
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-2, atol=2e-3)
+    jax.tree.map(close, found[1].params, expected[1].params)
 
 
 def test_eight_devices_train_as_one(alone):
