@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import tyro
 
 from experiments import configs, recipes
+from experiments.figures.settings import Figures, What
 
 Experiment = tyro.conf.Positional[Literal["digits"]]
 Settings = Annotated[configs.Digits, tyro.conf.arg(name="")]
@@ -53,6 +54,25 @@ def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa:
     from experiments.benchmark import benchmark
 
     benchmark(config)
+
+
+def figures(
+    what: tyro.conf.Positional[What],
+    folder: tyro.conf.Positional[Path],
+    settings: Annotated[Figures, tyro.conf.arg(name="")] = Figures(),  # noqa: B008
+    out: Path | None = None,
+) -> None:
+    """Measure curvature and loss surfaces of trained networks, and draw the paper's figures and table 3.
+
+    Args:
+        what: One figure, table3, html (surfaces to turn with the mouse), or all figures and the table.
+        folder: Folder of the training runs, results/RECIPE.
+        settings: What to measure. What was measured before is not measured again.
+        out: Folder for numbers and figures; FOLDER/figures by default.
+    """
+    from experiments.figures.command import figures
+
+    figures(what, folder, settings, out)
 
 
 def evaluate(
@@ -160,6 +180,7 @@ def main() -> int:
             "readiness": readiness,
             "tune": tune,
             "benchmark": benchmark,
+            "figures": figures,
         }
         _keep_compiled_programs()
         tyro.extras.subcommand_cli_from_dict(

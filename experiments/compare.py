@@ -16,11 +16,10 @@ from experiments.training import EpochRecord, epochs_of, make_program, make_task
 
 # Column title, field of EpochRecord, decimals.
 _COLUMNS = (
-    ("test accuracy %", "test_accuracy", 2),
+    ("accuracy %", "test_accuracy", 2),
     ("test loss", "test_loss", 3),
     ("‖∇L‖", "grad_norm", 3),
     ("vᵀHv", "curvature", 2),
-    ("evaluations per step", "evaluations_per_step", 1),
 )
 
 
@@ -58,15 +57,18 @@ def compare(config: configs.Digits, out: Path | None = None) -> Path:
 def summary(config: configs.Digits, records: Sequence[EpochRecord]) -> str:
     """The table as Markdown: each method's last epoch, mean ± sample standard deviation over its seeds.
 
-    Time per step is each method's median over all its epochs but the first of a run, over SGD's.
+    Accuracy and loss are those on the test split, ‖∇L‖ and vᵀHv those on the training set. Evaluations of the gradient
+    are per step; so is time, each method's median over all its epochs but the first of a run, over SGD's.
     """
-    titles = ["method", *(title for title, _, _ in _COLUMNS), "time per step / SGD", "seeds"]
+    titles = ["method", *(title for title, _, _ in _COLUMNS), "evaluations", "time", "seeds"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for method in config.methods:
         last = [r for r in records if r.method == method and r.epoch == epochs_of(config, method)]
         if last:
             cells = [_mean_std([getattr(r, field) for r in last], digits) for _, field, digits in _COLUMNS]
-            cells = [METHODS[method].label, *cells, _relative_time(method, records), str(len(last))]
+            evaluations = f"{statistics.fmean(r.evaluations_per_step for r in last):.2g}"
+            time = _relative_time(method, records)
+            cells = [METHODS[method].label, *cells, evaluations, time, str(len(last))]
             lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 

@@ -4,6 +4,7 @@ import statistics
 from pathlib import Path
 from typing import Literal
 
+import jax.numpy as jnp
 import numpy as np
 from rich.progress import track
 
@@ -60,7 +61,7 @@ def _renditions(restored: Restored, run: Run) -> Evaluation:
     classes = np.zeros(imagenet.NUM_CLASSES, bool)
     classes[imagenet.classes_present("imagenet_r", "test", run.data_dir)] = True
     batches = streamed_batches(restored.recipe, restored.mesh, run.data_dir, "imagenet_r", "test")
-    return evaluate(restored.program, restored.state, batches, classes)
+    return evaluate(restored.program, restored.state, batches, jnp.asarray(classes))
 
 
 def _mean(results: list[Evaluation]) -> Evaluation:

@@ -76,6 +76,8 @@ def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
         train, test = subset.split_validation(train, recipe.validation_fraction, seed=0)
     if recipe.examples_per_class is not None:
         train = subset.take_per_class(train, recipe.examples_per_class, recipe.seed)
+    if recipe.test_examples_per_class is not None:
+        test = subset.take_per_class(test, recipe.test_examples_per_class, seed=0)
     if recipe.label_noise:
         train = subset.with_label_noise(train, recipe.label_noise, dataset.num_classes, recipe.seed)
     return dataset._replace(train=train, test=test)

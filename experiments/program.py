@@ -80,7 +80,7 @@ def make_program(
       The program.
     """
     everywhere = NamedSharding(mesh, P())
-    make_model = partial(_make_model, recipe, signature)
+    make_model = partial(make_network, recipe, signature)
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(0)))
     groups = mesh.size if recipe.batch_norm == "device" else 1
     loss_fn = _mean_over_parts(_loss(graphdef), recipe.accumulate, groups)
@@ -132,9 +132,9 @@ def make_program(
     return Program(init, step, evaluate, loss_fn, learning_rate(recipe, signature.steps_per_epoch))
 
 
-def _make_model(recipe: Recipe, signature: Signature, seed: int) -> nnx.Module:
-    shape, rngs = signature.image_shape, nnx.Rngs(jax.random.key(seed))
-    options: dict[str, Any] = recipe.model_options
+def make_network(recipe: Recipe, signature: Signature, seed: int) -> nnx.Module:
+    """The network of a recipe, with the initial values of a seed."""
+    shape, rngs, options = signature.image_shape, nnx.Rngs(jax.random.key(seed)), dict[str, Any](recipe.model_options)
     if recipe.model == "convnet":
         return ConvNet(shape[-1], signature.num_classes, **options, rngs=rngs)
     dtype = jnp.dtype(recipe.dtype)

@@ -70,7 +70,7 @@ class Recipe:
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
     seed: int = 0
     """Of initial weights, order, augmentations, subset and label noise."""
-    model_options: dict[str, int | tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    model_options: dict[str, int | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Changes to the network, such as its width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the network computes; parameters and losses are float32."""
@@ -80,6 +80,8 @@ class Recipe:
     """Parts in which a batch passes the network, one after the other; the perturbation is that of the whole batch."""
     examples_per_class: int | None = None
     """Train on so many of each class."""
+    test_examples_per_class: int | None = None
+    """Evaluate on so many of each class, the same for all seeds."""
     label_noise: float = 0.0
     """Fraction of the training labels that become wrong."""
     validation_fraction: float = 0.0
@@ -125,6 +127,10 @@ REDUCED: dict[str, Recipe] = {
     "cifar10-small-resnet": dataclasses.replace(
         PAPER["cifar10-resnet18"], model_options={"stage_sizes": (1, 1, 1), "width": 16}, epochs=10,
         examples_per_class=300, batch_size=64, weight_decay=5e-4,
+    ),
+    "cifar10-resnet8": dataclasses.replace(
+        PAPER["cifar10-resnet18"], model="resnet8", model_options={"width": 8, "stem": "imagenet"}, epochs=24,
+        examples_per_class=200, test_examples_per_class=200, batch_size=64, weight_decay=5e-4, augmentation="none",
     ),
     "fashion-small-vit": Recipe(
         "fashion_mnist", "vit_ti4", epochs=10, batch_size=64, learning_rate=1e-3, weight_decay=0.05, optimizer="adamw",

@@ -1,4 +1,4 @@
-"""The networks of the paper, by name."""
+"""The networks of the paper, and a small one, by name."""
 
 import difflib
 import math
@@ -14,7 +14,7 @@ from experiments.models.resnet import BasicBlock, Bottleneck, ResNet
 from experiments.models.vit import VisionTransformer
 from experiments.models.wide_resnet import WideResNet
 
-NAMES = ("resnet18", "resnet50", "resnet101", "wrn28_10", "pyramidnet110", "vit_s32", "vit_b32", "vit_ti4")
+NAMES = ("resnet8", "resnet18", "resnet50", "resnet101", "wrn28_10", "pyramidnet110", "vit_s32", "vit_b32", "vit_ti4")
 
 _SMALL_IMAGE = 64  # pixels; residual networks take the stem of ImageNet above
 
@@ -27,7 +27,7 @@ def build(
     dtype: DTypeLike = jnp.float32,
     **changes: Any,
 ) -> nnx.Module:
-    """Builds a network of the paper.
+    """Builds a network of the paper, or ResNet-8.
 
     Residual networks take the stem of ImageNet for images above 64 pixels, and then start each block as its shortcut
     (Goyal et al. 2017); below, the stem of CIFAR and the plain initialization.
@@ -64,6 +64,9 @@ def build(
     architecture: type[nnx.Module]
     defaults: dict[str, Any]
     match name:
+        case "resnet8":  # the least of He et al.'s three-stage networks
+            architecture = ResNet
+            defaults = residual | {"stage_sizes": (1, 1, 1), "block": BasicBlock, "width": 16}
         case "resnet18":
             architecture, defaults = ResNet, residual | {"stage_sizes": (2, 2, 2, 2), "block": BasicBlock}
         case "resnet50":

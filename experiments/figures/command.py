@@ -1,0 +1,58 @@
+"""One command a figure: measure what is missing, then draw."""
+
+from pathlib import Path
+
+from experiments.figures import tables
+from experiments.figures.curvature_plots import figure_1, figure_2
+from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
+from experiments.figures.measures import Curvature, Ratio
+from experiments.figures.settings import Figures, What
+from experiments.figures.surface_plots import figure_4, interactive
+from experiments.figures.surfaces import SurfacePoint
+from experiments.figures.table import table_3
+from experiments.figures.trained import find_runs
+from experiments.figures.training_plots import figure_5
+
+_NEEDS_CURVATURE = ("all", "figure1", "figure2", "table3")
+_NEEDS_SURFACE = ("all", "figure4", "html")
+
+
+def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path | None = None) -> Path:  # noqa: B008
+    """Draws figures of the training runs in a folder.
+
+    Args:
+      what: one figure, or all but the page in HTML.
+      folder: of the runs: results/RECIPE.
+      settings: what to measure, where it has not been.
+      out: folder for numbers and figures; FOLDER/figures if it is None.
+
+    Returns:
+      The folder of the figures.
+
+    Raises:
+      FileExistsError: if ``out`` holds numbers measured with other settings.
+      FileNotFoundError: if there are no runs, or an epoch's checkpoint was not kept.
+      ValueError: if the runs cannot be compared.
+    """
+    out = out or folder / "figures"
+    trained = find_runs(folder)
+    labels = {run.recipe.method: run.label for run in trained}
+    out.mkdir(parents=True, exist_ok=True)
+    if what != "figure5":
+        measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
+    curvature, ratios = tables.read(out / CURVATURE, Curvature), tables.read(out / RATIO, Ratio)
+    points = tables.read(out / SURFACE, SurfacePoint)
+    if what in ("all", "figure1"):
+        figure_1(curvature, ratios, labels, out)
+    if what in ("all", "figure2"):
+        figure_2(curvature, ratios, labels, out)
+    if what in ("all", "figure4"):
+        figure_4(points, labels, out)
+    if what in ("all", "figure5"):
+        figure_5(trained, labels, out)
+    if what in ("all", "table3"):
+        print(table_3(curvature, trained, labels, out))
+    if what == "html":
+        interactive(points, labels, out)
+    print(f"Numbers and figures are in {out}.")
+    return out
