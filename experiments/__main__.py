@@ -100,7 +100,7 @@ def list_recipes() -> None:
     from rich.table import Column, Table
 
     titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
-    table = Table(Column("name", no_wrap=True), *titles)
+    table = Table(Column("name", no_wrap=True), *titles, box=None)
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
@@ -202,7 +202,7 @@ def _keep_compiled_programs() -> None:
     """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
     import jax
 
-    if jax.config.jax_compilation_cache_dir is None:
+    if jax.config.values["jax_compilation_cache_dir"] is None:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
 
 
