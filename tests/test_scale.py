@@ -115,12 +115,13 @@ def test_a_batch_that_devices_cannot_share_is_refused():
         scale.start(Run(devices=99))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one(tmp_path):
     """Two real processes that meet on loopback, and one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
         coordinator = f"localhost:{free.getsockname()[1]}"
-    train_ = [sys.executable, "-m", "experiments", "train", "digits-convnet", "--method", "crsam", "--epochs", "2"]
+    train_ = [sys.executable, "-m", "experiments", "train", "digits-convnet", "--method", "sam", "--epochs", "2"]
     train_ += ["--model-options.width", "4", "--log-steps", "5"]
     processes = [
         start([*train_, "--out", str(tmp_path / "two"), "--distributed", "--coordinator", coordinator,
