@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from experiments import configs, recipes
@@ -186,7 +187,7 @@ def main() -> int:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m experiments", description="Experiments around crsam_jax."
         )
-    except (FileExistsError, FileNotFoundError, FloatingPointError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, FloatingPointError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -200,7 +201,8 @@ def _recipe_name(args: list[str]) -> str | None:
 
 def _keep_compiled_programs() -> None:
     """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
-    os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
 
 
 if __name__ == "__main__":
