@@ -99,9 +99,10 @@ def evaluate(
 def list_recipes() -> None:
     """List the recipes."""
     from rich.console import Console
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("name", "epochs", "batch", "learning rate", "weight decay", "SAM ρ", "CR-SAM ρ", "α", "β")
+    titles = ("epochs", "batch", "rate", "decay", "SAM ρ", "CR-SAM ρ", "α", "β")
+    table = Table(Column("name", no_wrap=True), *titles, caption="rate: peak learning rate; decay: weight decay")
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
