@@ -1,6 +1,5 @@
 """The command line: ``python -m experiments --help``."""
 
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -101,8 +100,13 @@ def list_recipes() -> None:
     from rich.console import Console
     from rich.table import Column, Table
 
-    titles = ("epochs", "batch", "rate", "decay", "SAM ρ", "CR-SAM ρ", "α", "β")
-    table = Table(Column("name", no_wrap=True), *titles, caption="rate: peak learning rate; decay: weight decay")
+    titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
+    table = Table(
+        Column("name", no_wrap=True),
+        *titles,
+        box=None,
+        caption="rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's",
+    )
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
