@@ -1,5 +1,6 @@
 """The command line: ``python -m experiments --help``."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
