@@ -6,9 +6,10 @@ member's own state and diagnostics keep the values of its latest full step.
 
 The choice is a ``lax.cond`` inside the jitted step, so the work skipped is really skipped; under ``vmap`` a
 conditional becomes a selection and both branches run. On CPU, XLA takes convolutions inside a conditional off its
-fast path: on a small ConvNet a full step took some twenty times as long. There, choose on the host between two
-jitted steps: pass ``full_step=True`` or ``False``, a Python bool that is static under jit, to ``update``;
-:func:`is_full_step` computes it from the optimizer's state and the gradient.
+fast path, and a full step can take twenty times as long (``python -m experiments benchmark --conditional`` in the
+repository measures it). There, choose on the host between two jitted steps: pass ``full_step=True`` or ``False``, a
+Python bool that is static under jit, to ``update``; :func:`is_full_step` computes it from the optimizer's state and
+the gradient. A schedule of ρ inside a policy counts full steps only.
 
 Around a member with ``sync_perturbation=False`` the gradient that passes through is that of one part of the batch:
 average the policy's result over the axis, which leaves full steps as they are. ``adaptive_policy`` does not go with

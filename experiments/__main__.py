@@ -1,10 +1,12 @@
 """The command line: ``python -m experiments --help``."""
 
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
+import jax
 import tyro
 
 from experiments import configs, recipes
@@ -100,7 +102,12 @@ def list_recipes() -> None:
     from rich.table import Column, Table
 
     titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
-    table = Table(Column("name", no_wrap=True), *titles, box=None)
+    table = Table(
+        Column("name", no_wrap=True),
+        *titles,
+        box=None,
+        caption="rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's",
+    )
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
@@ -186,7 +193,7 @@ def main() -> int:
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m experiments", description="Experiments around crsam_jax."
         )
-    except (FileExistsError, FileNotFoundError, FloatingPointError, ValueError) as error:
+    except (FileExistsError, FileNotFoundError, FloatingPointError, ImportError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
@@ -200,9 +207,7 @@ def _recipe_name(args: list[str]) -> str | None:
 
 def _keep_compiled_programs() -> None:
     """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
-    import jax
-
-    if jax.config.values["jax_compilation_cache_dir"] is None:
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
 
 

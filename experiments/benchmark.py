@@ -77,6 +77,9 @@ def _programs(config: configs.Benchmark) -> list[Program]:
         "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
         **{f"crsam, {how}": (crsam_jax.crsam(loss_fn, evaluation=how, has_aux=True), 3) for how in _EVALUATIONS},
     }
+    if config.conditional:
+        member = crsam_jax.crsam(loss_fn, evaluation="sequential", has_aux=True)
+        members["crsam in lax.cond"] = (crsam_jax.periodic(member, k=1), 3)
     for name, (tx, floor) in track(members.items(), description="compiling"):
         state = tx.init(params)
         compiled = jax.jit(gradient_through(tx)).lower(params, state, kwargs).compile()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.table import Column, Table
 
 from experiments import configs, plots, runs
 from experiments.methods import METHODS
@@ -134,7 +134,7 @@ def _mean_std(values: Sequence[float], digits: int) -> str:
 
 def _rich_table(markdown: str) -> Table:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
-    table = Table(*rows[0])
+    table = Table(Column(rows[0][0], no_wrap=True), *rows[0][1:])
     for row in rows[2:]:
         table.add_row(*row)
     return table

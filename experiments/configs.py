@@ -82,6 +82,8 @@ class Benchmark:
     width: int = 32
     batch_size: int = 64
     rounds: int = 20
+    conditional: bool = False
+    """Also time CR-SAM inside a conditional, as the policies choose inside a jitted step: slow on CPU."""
 
 
 @dataclasses.dataclass(frozen=True)
