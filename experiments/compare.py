@@ -16,10 +16,10 @@ from experiments.training import EpochRecord, epochs_of, make_program, make_task
 
 # Column title, field of EpochRecord, decimals.
 _COLUMNS = (
-    ("accuracy %", "test_accuracy", 2),
-    ("test loss", "test_loss", 3),
-    ("‖∇L‖", "grad_norm", 3),
-    ("vᵀHv", "curvature", 2),
+    ("accuracy %", "test_accuracy", 1),
+    ("test loss", "test_loss", 2),
+    ("‖∇L‖", "grad_norm", 2),
+    ("vᵀHv", "curvature", 1),
 )
 
 
@@ -58,9 +58,9 @@ def summary(config: configs.Digits, records: Sequence[EpochRecord]) -> str:
     """The table as Markdown: each method's last epoch, mean ± sample standard deviation over its seeds.
 
     Accuracy and loss are those on the test split, ‖∇L‖ and vᵀHv those on the training set. Evaluations of the gradient
-    are per step; so is time, each method's median over all its epochs but the first of a run, over SGD's.
+    ("evals") are per step; so is time, each method's median over all its epochs but the first of a run, over SGD's.
     """
-    titles = ["method", *(title for title, _, _ in _COLUMNS), "evaluations", "time", "seeds"]
+    titles = ["method", *(title for title, _, _ in _COLUMNS), "evals", "time", "seeds"]
     lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
     for method in config.methods:
         last = [r for r in records if r.method == method and r.epoch == epochs_of(config, method)]
@@ -134,7 +134,11 @@ def _mean_std(values: Sequence[float], digits: int) -> str:
 
 def _rich_table(markdown: str) -> Table:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
-    table = Table(Column(rows[0][0], no_wrap=True), *rows[0][1:])
+    method, *others = rows[0]
+    table = Table(  # without borders: the main job's fits into 80 columns
+        Column(method, no_wrap=True), *(Column(title, justify="right") for title in others),
+        box=None, collapse_padding=True, pad_edge=False, header_style="bold",
+    )  # fmt: skip
     for row in rows[2:]:
         table.add_row(*row)
     return table

@@ -94,6 +94,8 @@ class Run:
     """Folder of the run; results/RECIPE/METHOD-AUGMENTATION-seedSEED by default."""
     data_dir: Path | None = None
     """Folder of the data sets that TFDS prepared."""
+    workers: int = 8
+    """Processes that decode ImageNet; 0 decodes in the training process. Their number does not change the batches."""
     keep: int = 3
     """Newest checkpoints to keep."""
     keep_every: int | None = None

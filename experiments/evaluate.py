@@ -53,14 +53,14 @@ def _corruptions() -> list[str]:
 
 
 def _corrupted(restored: Restored, corruption: str, run: Run) -> Evaluation:
-    batches = streamed_batches(restored.recipe, restored.mesh, run.data_dir, f"imagenet2012_corrupted/{corruption}")
+    batches = streamed_batches(restored.recipe, restored.mesh, run, f"imagenet2012_corrupted/{corruption}")
     return evaluate(restored.program, restored.state, batches)
 
 
 def _renditions(restored: Restored, run: Run) -> Evaluation:
     classes = np.zeros(imagenet.NUM_CLASSES, bool)
     classes[imagenet.classes_present("imagenet_r", "test", run.data_dir)] = True
-    batches = streamed_batches(restored.recipe, restored.mesh, run.data_dir, "imagenet_r", "test")
+    batches = streamed_batches(restored.recipe, restored.mesh, run, "imagenet_r", "test")
     return evaluate(restored.program, restored.state, batches, jnp.asarray(classes))
 
 

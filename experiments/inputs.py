@@ -10,6 +10,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from experiments.configs import Run
 from experiments.data import digits, imagenet, source, subset, vision
 from experiments.data.dataset import Dataset, Split
 from experiments.recipes import Recipe
@@ -51,7 +52,7 @@ class Inputs(NamedTuple):
     restore: Callable[[Any], None]
 
 
-def open_inputs(recipe: Recipe, mesh: Mesh, data_dir: Path | None = None) -> Inputs:
+def open_inputs(recipe: Recipe, mesh: Mesh, run: Run = Run()) -> Inputs:  # noqa: B008
     """Opens a recipe's data for training and evaluation over a mesh.
 
     Raises:
@@ -64,8 +65,8 @@ def open_inputs(recipe: Recipe, mesh: Mesh, data_dir: Path | None = None) -> Inp
             "part(s): change --batch-size, --accumulate or --devices."
         )
     if recipe.dataset == "imagenet2012":
-        return _streamed(recipe, mesh, data_dir)
-    return in_memory(recipe, load(recipe, data_dir), mesh)
+        return _streamed(recipe, mesh, run)
+    return in_memory(recipe, load(recipe, run.data_dir), mesh)
 
 
 def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
@@ -141,31 +142,31 @@ def split_batches(split: Split, mesh: Mesh) -> Iterator[Batch]:
 
 
 def streamed_batches(
-    recipe: Recipe, mesh: Mesh, data_dir: Path | None, name: str = "imagenet2012", split: str = "validation"
+    recipe: Recipe, mesh: Mesh, run: Run, name: str = "imagenet2012", split: str = "validation"
 ) -> Iterator[Batch]:
     """The evaluation batches of ImageNet, or of a relative with its classes."""
-    share = _share(recipe, data_dir)
+    share = _share(recipe, run)
     for batch in imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share):
         yield _from_dict(batch, mesh)
 
 
-def _streamed(recipe: Recipe, mesh: Mesh, data_dir: Path | None) -> Inputs:
-    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, data_dir))
-    examples = source.find_builder("imagenet2012", data_dir).info.splits["train"].num_examples
+def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
+    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, run))
+    examples = source.find_builder("imagenet2012", run.data_dir).info.splits["train"].num_examples
     signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
     return Inputs(
         signature,
         feed=lambda step: _from_dict(next(iterator), mesh),
         select=lambda batch, step: batch,
-        evaluation=partial(streamed_batches, recipe, mesh, data_dir),
+        evaluation=partial(streamed_batches, recipe, mesh, run),
         position=iterator.get_state,
         restore=iterator.set_state,
     )
 
 
-def _share(recipe: Recipe, data_dir: Path | None) -> dict[str, Any]:
+def _share(recipe: Recipe, run: Run) -> dict[str, Any]:
     return {
-        "data_dir": data_dir, "image_size": recipe.image_size,
+        "data_dir": run.data_dir, "num_workers": run.workers, "image_size": recipe.image_size,
         "process_index": jax.process_index(), "process_count": jax.process_count(),
     }  # fmt: skip
 

@@ -83,7 +83,7 @@ def _sam(loss_fn: LossFn, config: Settings, **changes: Any) -> optax.GradientTra
 
 METHODS: dict[str, Method] = {
     "sgd": Method("SGD", "sgd", 1, lambda loss_fn, config, base, schedule: base),
-    "sgd-3x": Method("SGD, 3× the epochs", "sgd", 1, lambda loss_fn, config, base, schedule: base, epochs=3),
+    "sgd-3x": Method("SGD, 3× epochs", "sgd", 1, lambda loss_fn, config, base, schedule: base, epochs=3),
     "sam": Method("SAM", "sam", 2, _first(_sam)),
     "asam": Method("ASAM", "sam", 2, _first(lambda f, c: cj.asam(f, has_aux=True))),
     "rsam": Method("R-SAM", "sam", 3, _first(lambda f, c: cj.rsam(f, c.sam.rho, has_aux=True))),

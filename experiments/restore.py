@@ -56,7 +56,7 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     """
     recipe = read_recipe(folder)
     mesh = scale.start(run)
-    inputs = open_inputs(recipe, mesh, run.data_dir)
+    inputs = open_inputs(recipe, mesh, run)
     program = make_program(recipe, inputs.signature, mesh, inputs.select)
     with closing(Checkpoints(folder, keep=None)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)

@@ -51,7 +51,7 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
     console = Console(quiet=not is_first)
     runs.check_free(recipe, folder)
     with contextlib.ExitStack() as stack:
-        inputs = open_inputs(recipe, mesh, run.data_dir)
+        inputs = open_inputs(recipe, mesh, run)
         program = make_program(recipe, inputs.signature, mesh, inputs.select)
         scale.wait_for_all("checked")
         if is_first:

@@ -1,5 +1,6 @@
 """Training one network on the digits with one method, one jitted step at a time."""
 
+import functools
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -81,13 +82,29 @@ class Program(NamedTuple):
     """From params, model state and a task to the numbers of an :class:`EpochRecord`, from train_accuracy on."""
 
 
-def make_program(config: configs.Digits, method: str) -> Program:
-    """Builds the network, the loss and the optimizer of one method."""
+class Network(NamedTuple):
+    """The network's functions, the same for all methods."""
+
+    init: Callable[[int], tuple[Any, Any]]
+    """From a seed to params and the model's other state."""
+    loss_fn: Callable[..., tuple[jax.Array, Any]]
+    """In training mode: ``(params, model_state, batch) -> loss, new model state``."""
+    measure: Callable[..., tuple[jax.Array, ...]]
+
+
+@functools.cache
+def make_network(width: int, probe_rho: float) -> Network:
+    """Builds the network and its losses; ``measure`` is compiled once for all methods and seeds."""
 
     def make_model(seed: int) -> ConvNet:
-        return ConvNet(1, digits.NUM_CLASSES, config.width, rngs=nnx.Rngs(seed))
+        return ConvNet(1, digits.NUM_CLASSES, width, rngs=nnx.Rngs(seed))
 
-    graphdef = nnx.graphdef(make_model(0))
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(0)))
+
+    def init(seed: int) -> tuple[Any, Any]:
+        model = make_model(seed)
+        # The model's other state is split off before the clean pass: all probes of a step start from the same one.
+        return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
     def forward(params: Any, model_state: Any, images: jax.Array, is_training: bool) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, model_state, copy=True)
@@ -105,22 +122,7 @@ def make_program(config: configs.Digits, method: str) -> Program:
         logits, _ = forward(params, model_state, images, is_training=False)
         return _cross_entropy(logits, labels), 100 * jnp.mean(jnp.argmax(logits, -1) == labels)
 
-    probe = crsam_jax.crsam_gradient(evaluation_loss, rho=config.probe_rho, alpha=0.0, beta=0.0, has_aux=True)
-
-    def init(seed: int) -> tuple[Any, Any, Any]:
-        model = make_model(seed)
-        # The model's other state is split off before the clean pass: all probes of a step start from the same one.
-        params, model_state = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
-        return params, model_state, optimizer(config, method, loss_fn).init(params)
-
-    @jax.jit
-    def step(
-        settings: configs.Settings, params: Any, model_state: Any, opt_state: Any, batch: Any
-    ) -> tuple[Any, Any, Any, jax.Array]:
-        tx = optimizer(with_settings(config, method, settings), method, loss_fn)
-        (loss, new_model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, batch)
-        updates, opt_state = tx.update(grads, opt_state, params, model_state=model_state, batch=batch)
-        return optax.apply_updates(params, updates), new_model_state, opt_state, loss
+    probe = crsam_jax.crsam_gradient(evaluation_loss, rho=probe_rho, alpha=0.0, beta=0.0, has_aux=True)
 
     @jax.jit
     def measure(params: Any, model_state: Any, task: Task) -> tuple[jax.Array, ...]:
@@ -129,7 +131,27 @@ def make_program(config: configs.Digits, method: str) -> Program:
         test_loss, test_accuracy = evaluation_loss(params, model_state, task.test)
         return train_accuracy, test_loss, test_accuracy, seen.grad_norm, seen.curvature
 
-    return Program(init, step, measure)
+    return Network(init, loss_fn, measure)
+
+
+def make_program(config: configs.Digits, method: str) -> Program:
+    """Builds the optimizer and the step of one method, around the network of all."""
+    network = make_network(config.width, config.probe_rho)
+
+    def init(seed: int) -> tuple[Any, Any, Any]:
+        params, model_state = network.init(seed)
+        return params, model_state, optimizer(config, method, network.loss_fn).init(params)
+
+    @jax.jit
+    def step(
+        settings: configs.Settings, params: Any, model_state: Any, opt_state: Any, batch: Any
+    ) -> tuple[Any, Any, Any, jax.Array]:
+        tx = optimizer(with_settings(config, method, settings), method, network.loss_fn)
+        (loss, new_model_state), grads = jax.value_and_grad(network.loss_fn, has_aux=True)(params, model_state, batch)
+        updates, opt_state = tx.update(grads, opt_state, params, model_state=model_state, batch=batch)
+        return optax.apply_updates(params, updates), new_model_state, opt_state, loss
+
+    return Program(init, step, network.measure)
 
 
 def train(config: configs.Digits, method: str, seed: int, task: Task, program: Program) -> Iterator[EpochRecord]:

@@ -5,6 +5,7 @@ import os
 import hypothesis
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of sharding; the others use the first one
 
@@ -18,6 +19,29 @@ def x64():
     """Runs the test in float64."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture(scope="session")
+def cache_folder(tmp_path_factory):
+    """The folder of compiled programs, one for all of pytest-xdist's processes."""
+    own = tmp_path_factory.getbasetemp()
+    folder = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def compiled(cache_folder):
+    """The module's tests share compiled programs, where they compile the same network again and again."""
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs")
+    before = [getattr(jax.config, name) for name in names]
+    for name, value in zip(names, (str(cache_folder), 0.2), strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield cache_folder
+    for name, value in zip(names, before, strict=True):
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """Data sets: the bytes that were stored, in the right order, or an error that helps."""
 
-import io
 from pathlib import Path
 
 import numpy as np
@@ -9,11 +8,11 @@ import pytest
 pytest.importorskip("tensorflow_datasets", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("grain", reason="the experiments need pip install crsam_jax[experiments]")
 
-import tensorflow_datasets as tfds
 from PIL import Image
 
 from experiments.data import imagenet, source, subset, vision
 from experiments.data.dataset import Split
+from tests.prepared import examples, png, prepare
 
 SHARED = Path(__file__).parents[2] / "shared" / "tfds"
 needs_shared = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="no prepared data sets in ../shared/tfds")
@@ -23,48 +22,6 @@ QUOTED = {
     "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616), (32, 32, 3), 50_000),
     "fashion_mnist": ((0.2860,), (0.3530,), (28, 28, 1), 60_000),
 }
-
-
-def png(pixels):
-    buffer = io.BytesIO()
-    Image.fromarray(pixels.squeeze()).save(buffer, "PNG")
-    buffer.seek(0)
-    return buffer
-
-
-def prepare(folder, name, version, image_shape, splits, num_classes):
-    """Writes a small data set where, and as, TFDS would put the real one; ``splits``: name to (images, labels)."""
-
-    def info(self):
-        features = {
-            "image": tfds.features.Image(shape=image_shape, encoding_format="png"),
-            "label": tfds.features.ClassLabel(num_classes=num_classes),
-        }
-        return tfds.core.DatasetInfo(
-            builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
-        )
-
-    def generate(images, labels):
-        for index, (image, label) in enumerate(zip(images, labels, strict=True)):
-            yield index, {"image": png(image), "label": int(label)}
-
-    methods = {
-        "VERSION": tfds.core.Version(version),
-        "__module__": __name__,
-        "pkg_dir_path": Path(__file__).parent,
-        "_info": info,
-        "_split_generators": lambda self, _: {split: generate(*data) for split, data in splits.items()},
-        "_generate_examples": None,
-    }
-    class_name = "".join(map(str.capitalize, name.split("_")))
-    with tfds.core.registered.skip_registration():
-        builder = type(class_name, (tfds.core.GeneratorBasedBuilder,), methods)
-    builder(data_dir=folder, file_format="array_record").download_and_prepare()
-
-
-def examples(count, shape, num_classes, seed):
-    rng = np.random.default_rng(seed)
-    return rng.integers(0, 256, (count, *shape), np.uint8), rng.integers(0, num_classes, count)
 
 
 CIFAR = (32, 32, 3)

@@ -26,6 +26,8 @@ from experiments.logs import EpochRow
 from experiments.program import make_program
 from experiments.scale import start
 
+pytestmark = pytest.mark.usefixtures("compiled")
+
 TINY = dataclasses.replace(
     recipes.get("digits-convnet"), model="resnet8", model_options={"width": 2}, epochs=2, examples_per_class=10
 )

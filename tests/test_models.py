@@ -174,7 +174,7 @@ def test_one_channel_images_of_28_pixels(name):
 def test_errors_say_what_to_do():
     with pytest.raises(ValueError, match="did you mean 'resnet18'"):
         build("resnet-18", 10, CIFAR, nnx.Rngs(0))
-    with pytest.raises(ValueError, match="there are resnet18, "):
+    with pytest.raises(ValueError, match="there are resnet8, resnet18, "):
         build("transformer", 10, CIFAR, nnx.Rngs(0))
     with pytest.raises(ValueError, match="32×32 pixels do not tile an image of 28×28"):
         build("vit_s32", 10, (28, 28, 1), nnx.Rngs(0))

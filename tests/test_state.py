@@ -186,3 +186,17 @@ def test_an_orbax_round_trip_in_mid_run_continues_bit_exactly(name, tmp_path):
         restored, _ = step(restored, batch)
     assert jax.tree.structure(restored) == jax.tree.structure(carry)
     chex.assert_trees_all_equal(restored, carry)
+
+
+@pytest.mark.parametrize("member", [sam, crsam])
+def test_the_compiled_step_grows_in_proportion_to_the_number_of_leaves(member):
+    """Copies of a chain over all leaves in each of them would grow with the square, and compile time with them."""
+
+    def size(leaves):
+        params = [jnp.ones(8)] * leaves
+        loss_fn = lambda params: sum(jnp.mean(jnp.tanh(w) ** 2) for w in params)
+        tx = optax.chain(member(loss_fn), optax.sgd(0.1))
+        step = jax.jit(lambda params, state: tx.update(jax.grad(loss_fn)(params), state, params))
+        return len(step.lower(params, tx.init(params)).compile().as_text())
+
+    assert size(32) < 6 * size(8)

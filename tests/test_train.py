@@ -29,17 +29,7 @@ RECIPE = dataclasses.replace(
 )  # fmt: skip
 STEPS = 20  # an epoch
 
-
-@pytest.fixture(scope="module", autouse=True)
-def compiled(tmp_path_factory):
-    """The runs of this module share compiled programs."""
-    folder = tmp_path_factory.mktemp("compiled")
-    before = jax.config.jax_compilation_cache_dir, jax.config.jax_persistent_cache_min_compile_time_secs
-    jax.config.update("jax_compilation_cache_dir", str(folder))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
-    yield folder
-    jax.config.update("jax_compilation_cache_dir", before[0])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", before[1])
+pytestmark = pytest.mark.usefixtures("compiled")
 
 
 def run_of(folder, **changes):
