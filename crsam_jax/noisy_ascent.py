@@ -49,7 +49,7 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn) -> tuple[Any, Any]:
         del grads
-        noise = jax.tree.map(_relative_to_filters, normal_like(seed, state, params), params)
+        noise = jax.tree.map(_relative_to_filters, normal_like(step_key(seed, state), params), params)
         noise = jax.tree.map(lambda leaf: sigma * leaf, noise)
         smoothed = jax.tree.map(lambda w, delta: (w + delta).astype(jnp.result_type(w)), params, noise)
         combined = _tree.wide_map(lambda delta, g: delta + weight * g, noise, gradient_fn(smoothed))
@@ -87,31 +87,32 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        uniform = uniform_like(seed, state, grads)
+        uniform = uniform_like(step_key(seed, state), grads)
         kept = jax.tree.map(lambda g, u: jnp.where(u < keep, g, 0), grads, uniform)
         return jax.tree.map(lambda leaf: leaf / keep, _tree.unit(kept)), optax.safe_increment(state)
 
     return Ascent(_count, apply)
 
 
-def normal_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
+def step_key(seed: int, count: jax.Array) -> jax.Array:
+    """The key of a step, a function of the seed and of the number of steps before it."""
+    return jax.random.fold_in(jax.random.key(seed), count)
+
+
+def normal_like(key: jax.Array, params: Any) -> Any:
     """Independent standard normal numbers in the shapes of params, in at least float32."""
-    return optax.tree.random_like(_key(seed, count), _tree.widen(params), jax.random.normal)
+    return optax.tree.random_like(key, _tree.widen(params), jax.random.normal)
 
 
-def uniform_like(seed: int | jax.Array, count: jax.Array, params: Any) -> Any:
+def uniform_like(key: jax.Array, params: Any) -> Any:
     """Independent uniform numbers in [0, 1) in the shapes of params, in float32."""
-    return optax.tree.random_like(_key(seed, count), params, jax.random.uniform, dtype=jnp.float32)
+    return optax.tree.random_like(key, params, jax.random.uniform, dtype=jnp.float32)
 
 
 def _relative_to_filters(noise: jax.Array, param: jax.Array) -> jax.Array:
     axes = tuple(range(param.ndim - 1)) if param.ndim > 1 else None
     wide = param.astype(noise.dtype)
     return noise * jnp.sqrt(jnp.mean(wide**2, axis=axes, keepdims=True))
-
-
-def _key(seed: int | jax.Array, count: jax.Array) -> jax.Array:
-    return jax.random.fold_in(jax.random.key(seed), count)
 
 
 def _count(params: Any) -> jax.Array:

@@ -18,7 +18,7 @@ from crsam_jax.curvature_penalty import (
     second_difference,
 )
 from crsam_jax.diagnostics import RandomProbesDiagnostics
-from crsam_jax.noisy_ascent import normal_like
+from crsam_jax.noisy_ascent import normal_like, step_key
 from crsam_jax.penalties import Penalty, Step, one_sided_curvature
 from crsam_jax.probes import perturb
 
@@ -92,8 +92,8 @@ def random_curvature_penalty(
 
     def directions(params: Any, count: jax.Array) -> list[Any]:
         which = broadcast_mask("mask", True if mask is None else mask, params)
-        keys = [k * count + i for i in range(k)]
-        noises = [normal_like(seed, key, params) for key in keys]
+        key = step_key(seed, count)  # an ascent with the same seed draws from it; the pairs draw from keys of their own
+        noises = [normal_like(jax.random.fold_in(key, i), params) for i in range(k)]
         return [
             _tree.unit(jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.zeros_like(leaf), noise, which))
             for noise in noises

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from crsam_jax import _tree
 from crsam_jax._checks import check_number, check_seed
 from crsam_jax.ascent import Ascent, GradientFn
-from crsam_jax.noisy_ascent import uniform_like
+from crsam_jax.noisy_ascent import step_key, uniform_like
 
 
 class SparseState(NamedTuple):
@@ -124,7 +124,7 @@ def dynamic_sparse_ascent(
 
     def init(params: Any) -> SparseState:
         steps = jnp.zeros((), jnp.int32)
-        return SparseState(steps, largest_fraction(uniform_like(seed, steps, params), 1 - sparsity))
+        return SparseState(steps, largest_fraction(uniform_like(step_key(seed, steps), params), 1 - sparsity))
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
@@ -133,7 +133,7 @@ def dynamic_sparse_ascent(
         share = drop * (1 + jnp.cos(jnp.pi * jnp.minimum(steps / total_steps, 1))) / 2
         mask = jax.lax.cond(
             (steps % update_every == 0) & _tree.all_finite(grads),
-            lambda: _exchanged(state.mask, grads, uniform_like(seed, steps, grads), share),
+            lambda: _exchanged(state.mask, grads, uniform_like(step_key(seed, steps), grads), share),
             lambda: state.mask,
         )
         return direction, SparseState(steps, mask)

@@ -130,6 +130,27 @@ def readiness(
     readiness(names, config)
 
 
+def contact_sheet(
+    dataset: tyro.conf.Positional[Literal["cifar10", "cifar100", "fashion_mnist"]],
+    out: Path = Path("contact-sheet.png"),
+    data_dir: Path | None = None,
+    seed: int = 0,
+) -> None:
+    """Draw training images, and what each augmentation makes of them.
+
+    Args:
+        dataset: Whose images.
+        out: The picture to write.
+        data_dir: Folder of the data sets that TFDS prepared.
+        seed: Of the random choices.
+    """
+    from experiments.augment.contact_sheet import draw_contact_sheet
+    from experiments.data import vision
+
+    draw_contact_sheet(out, vision.load(dataset, data_dir), seed=seed)
+    print(f"Drawn: {out}")
+
+
 def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
@@ -185,6 +206,7 @@ def main() -> int:
             "compare": compare_command(recipe) if name else compare,
             "list": list_recipes,
             "readiness": readiness,
+            "contact-sheet": contact_sheet,
             "tune": tune,
             "benchmark": benchmark,
             "figures": figures,

@@ -78,9 +78,7 @@ def test_it_learns_from_worker_processes(whole):
     assert rows[-1].test_accuracy > 60
 
 
-def test_stopped_within_an_epoch_it_goes_on_at_the_very_batch(
-    whole, run_of, tmp_path, monkeypatch
-):
+def test_stopped_within_an_epoch_it_goes_on_at_the_very_batch(whole, run_of, tmp_path, monkeypatch):
     log_step = Log.step
 
     def with_signal(self, step, values):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import crsam, crsam_gradient, random_probes, sam
+from crsam_jax import crsam, crsam_gradient, random_probes, sam, smoothed_ascent
 from tests.problems import broken_at, flat, mlp, one_step, polynomial, recording
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -52,6 +52,16 @@ def test_directions_depend_on_seed_and_step_alone():
     everything = [first, probed(problem, probes, count=3), probed(problem, random_probes(3, RADIUS, seed=5), count=2)]
     overlaps = np.abs(np.concatenate(everything) @ np.concatenate(everything).T)
     assert np.all(overlaps - np.eye(9) < 1 - 1e-6)  # no direction comes twice
+
+
+def test_a_noisy_ascent_with_the_same_seed_looks_elsewhere():
+    """Its v is the unit noise where the gradient is zero; each u is a draw of its own."""
+    problem = polynomial(True)
+    ascent = smoothed_ascent(sigma=1.0, weight=0.0, seed=4)
+    ones = jax.tree.map(jnp.ones_like, problem.params)
+    noise, _ = ascent.apply(ones, ascent.init(ones), ones, lambda _: ones)
+    overlaps = np.abs(probed(problem, random_probes(3, RADIUS, seed=4)) @ flat(noise))
+    assert np.all(overlaps < 1 - 1e-6)
 
 
 @pytest.mark.parametrize("offset", [0.0, 0.1, 1.0])

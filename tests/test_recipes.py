@@ -171,7 +171,9 @@ def test_readiness_counts_what_closed_forms_count():
 
 
 def test_readiness_counts_parameters_and_memory():
-    [base] = readiness.estimates("digits", recipes.get("digits-convnet"), with_memory=True, methods=["base"])
+    memory = {}
+    recipe = recipes.get("digits-convnet")
+    [base] = readiness.estimates("digits", recipe, memory, methods=["base"])
     from flax import nnx
 
     from experiments.models.convnet import ConvNet
@@ -180,3 +182,8 @@ def test_readiness_counts_parameters_and_memory():
     assert base.parameters == parameters
     assert base.state_bytes >= 2 * 4 * parameters  # with momentum
     assert base.temporary_bytes > 50 * 64 * 16 * 4  # at least one activation of the first layer
+    assert list(memory.values()) == [base.temporary_bytes]
+    [same] = readiness.estimates("rate", dataclasses.replace(recipe, learning_rate=1.0), memory, methods=["base"])
+    assert len(memory) == 1  # not compiled again
+    [small] = readiness.estimates("batch", dataclasses.replace(recipe, batch_size=10), memory, methods=["base"])
+    assert same.temporary_bytes == base.temporary_bytes > small.temporary_bytes
