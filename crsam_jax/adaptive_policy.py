@@ -64,13 +64,13 @@ def adaptive_policy(
       TypeError, ValueError: if decay is not in [0, 1), or threshold is neither a number nor a schedule.
 
     Example:
-      >>> import jax.numpy as jnp, optax, crsam_jax
+      >>> import jax, jax.numpy as jnp, optax, crsam_jax
       >>> loss_fn = lambda w: 0.5 * jnp.sum(w**2)
       >>> tx = crsam_jax.adaptive_policy(crsam_jax.sam(loss_fn), threshold=0.0)
       >>> w = jnp.array([1.0])
-      >>> state = tx.init(w)
+      >>> state, update = tx.init(w), jax.jit(tx.update)
       >>> for size in [1.0] * 20 + [0.1] * 20:  # large gradients, then small ones
-      ...   _, state = tx.update(jnp.array([size]), state, w)
+      ...   _, state = update(jnp.array([size]), state, w)
       >>> print(state.full_fraction)
       0.5
 
