@@ -102,8 +102,10 @@ def interactive(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: 
         )  # fmt: skip
         page.add_trace(surface, row=1, col=i)
     axes = {"xaxis_title": _FIRST, "yaxis_title": _SECOND, "zaxis": {"title": _LOSS, "range": [0, 10**high]}}
-    page.update_scenes(**axes)
-    page.write_html(out / "surface.html", include_plotlyjs=True)
+    camera = {"eye": {"x": 1.75, "y": 1.95, "z": 1.4}, "center": {"x": 0, "y": 0, "z": -0.1}}  # all labels inside
+    page.update_scenes(**axes, aspectmode="cube", camera=camera)
+    page.update_layout(margin={"l": 10, "r": 10, "t": 60, "b": 10})
+    page.write_html(out / "surface.html", include_plotlyjs=True, default_height="95vh")
     return out / "surface.html"
 
 
