@@ -4,16 +4,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-fast lint types wheel clean
+.PHONY: demo test test-slow lint types wheel clean
 
 demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
 	$(BIN)/python -m experiments compare digits
 
-test: $(VENV)/.dev  ## all tests, docstring examples and the examples of README.md and docs/
+test: $(VENV)/.dev  ## tests, docstring examples and the examples of README.md and docs/
 	$(BIN)/python -m pytest $(PARALLEL)
 
-test-fast: $(VENV)/.dev
-	$(BIN)/python -m pytest $(PARALLEL) -m "not slow"
+test-slow: $(VENV)/.dev  ## what `test` leaves out: whole runs in processes of their own, real data sets, the notebook
+	$(BIN)/python -m pytest $(PARALLEL) -m slow
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -7,6 +7,8 @@ import jax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
+# Tests compile far more than they compute: without optimizing machine code they take half the time.
+os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
 jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of sharding; the others use the first one
 
 # The first example of a property compiles, so a deadline would only measure the machine. CI repeats itself.

@@ -30,7 +30,7 @@ CLASSES = np.array([3, 250, 500, 999])
 COLOURS = np.array([[200, 40, 40], [40, 200, 40], [40, 40, 200], [200, 200, 40]])
 TRAINING, VALIDATION = 70, 21  # 4 batches an epoch; the last evaluation batch is padded
 
-pytestmark = pytest.mark.usefixtures("compiled")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled")]
 
 
 def photographs(count, classes, seed):

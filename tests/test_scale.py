@@ -101,6 +101,7 @@ def test_parts_of_a_batch_have_statistics_of_their_own(changes, devices, part, a
     assert int(found[3]) == sum(int(parts[3]) for parts in each)
 
 
+@pytest.mark.slow
 def test_accumulation_perturbs_for_the_whole_batch():
     """Without BatchNorm, four parts one after the other train as the batch in one piece."""
     vit = {"model": "vit_ti4", "model_options": {"width": 12, "depth": 1}}
@@ -116,7 +117,7 @@ def test_a_batch_that_devices_cannot_share_is_refused():
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one(tmp_path):
+def test_two_processes_train_as_one(tmp_path, cache_folder):
     """Two real processes that meet on loopback, and one."""
     with socket.socket() as free:
         free.bind(("localhost", 0))
@@ -125,12 +126,12 @@ def test_two_processes_train_as_one(tmp_path):
     train_ += ["--model-options.width", "4", "--log-steps", "5"]
     processes = [
         start([*train_, "--out", str(tmp_path / "two"), "--distributed", "--coordinator", coordinator,
-               "--num-processes", "2", "--process-id", str(index)])
+               "--num-processes", "2", "--process-id", str(index)], cache_folder)
         for index in (0, 1)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    alone = start([*train_, "--out", str(tmp_path / "one")])
+    alone = start([*train_, "--out", str(tmp_path / "one")], cache_folder)
     output, _ = alone.communicate(timeout=400)
     assert alone.returncode == 0, output
     two, one = (
@@ -142,8 +143,9 @@ def test_two_processes_train_as_one(tmp_path):
     assert "2 x cpu" in (tmp_path / "two" / "environment.jsonl").read_text()
 
 
-def start(command):
+def start(command, cache_folder):
+    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache_folder)}
     return subprocess.Popen(
-        command, cwd=Path(__file__).parents[1], env=os.environ | {"JAX_PLATFORMS": "cpu"}, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        command, cwd=Path(__file__).parents[1], env=environment, text=True, stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
     )  # fmt: skip
