@@ -171,10 +171,10 @@ def hessian_spectrum(
     Example:
       >>> import jax, jax.numpy as jnp, numpy as np
       >>> from crsam_jax import curvature
-      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(4.0) * w**2)
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(jnp.arange(1.0, 5.0) * w**2)
       >>> spectrum = curvature.hessian_spectrum(loss_fn, jnp.zeros(4), key=jax.random.key(0))
       >>> print(spectrum.nodes[0].round(3), round(float(np.trapezoid(spectrum.density, spectrum.grid)), 3))
-      [0. 1. 2. 3.] 1.0
+      [1. 2. 3. 4.] 1.0
 
     References:
       Ghorbani, Krishnan, Xiao, "An Investigation into Neural Net Optimization via Hessian Eigenvalue Density", ICML
