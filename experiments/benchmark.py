@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 from rich.console import Console
 from rich.progress import track
-from rich.table import Table
+from rich.table import Column, Table
 
 import crsam_jax
 from experiments import configs
@@ -110,9 +110,12 @@ def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[s
 
 
 def _table(title: str, programs: list[Program], seconds: dict[str, list[float]]) -> Table:
+    titles = ("median ms", "quartiles", "evaluations", "÷ floor", "temp. MB")
     table = Table(
-        "program", "median ms", "quartiles ms", "÷ 1 evaluation", "÷ its floor", "temporaries MB", title=title
-    )
+        Column("program", no_wrap=True), *(Column(name, justify="right") for name in titles), title=title, box=None,
+        collapse_padding=True, pad_edge=False, header_style="bold",
+        caption="evaluations: median over that of 1 × value_and_grad; ÷ floor: over as many evaluations as points",
+    )  # fmt: skip
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for program in programs:
         low, _, high = statistics.quantiles(seconds[program.name], n=4)
