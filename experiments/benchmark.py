@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Column, Table
 
 import crsam_jax
-from experiments import configs
+from experiments import configs, models
 from experiments.models.convnet import ConvNet
 
 _EVALUATIONS = ("sequential", "ordered", "vmap")
@@ -34,6 +34,8 @@ class Program(NamedTuple):
     calls: int
     floor: int
     """Gradient evaluations that it cannot do without."""
+    compile_seconds: float
+    """With tracing and lowering."""
 
     def run(self) -> float:
         """Runs it and returns the seconds until the last result is there."""
@@ -44,7 +46,12 @@ class Program(NamedTuple):
 
 
 def benchmark(config: configs.Benchmark) -> None:
-    """Times all programs in turn and prints a table."""
+    """Times all programs in turn and prints a table.
+
+    Raises:
+      ValueError: if there is no such network.
+    """
+    jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
     programs = _programs(config)
     seconds: dict[str, list[float]] = {program.name: [] for program in programs}
     for _ in track(range(config.rounds), description="timing"):
@@ -71,8 +78,10 @@ def _programs(config: configs.Benchmark) -> list[Program]:
 
         return step
 
-    evaluation = jax.jit(gradient).lower(params, kwargs).compile()
-    programs = [Program(f"{calls} × value_and_grad", evaluation, (params, kwargs), calls, calls) for calls in (1, 2, 3)]
+    evaluation, seconds = _compiled(gradient, params, kwargs)
+    programs = [
+        Program(f"{calls} × value_and_grad", evaluation, (params, kwargs), calls, calls, seconds) for calls in (1, 2, 3)
+    ]
     members = {
         "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
         **{f"crsam, {how}": (crsam_jax.crsam(loss_fn, evaluation=how, has_aux=True), 3) for how in _EVALUATIONS},
@@ -82,11 +91,17 @@ def _programs(config: configs.Benchmark) -> list[Program]:
         members["crsam in lax.cond"] = (crsam_jax.periodic(member, k=1), 3)
     for name, (tx, floor) in track(members.items(), description="compiling"):
         state = tx.init(params)
-        compiled = jax.jit(gradient_through(tx)).lower(params, state, kwargs).compile()
-        programs.append(Program(name, compiled, (params, state, kwargs), 1, floor))
+        compiled, seconds = _compiled(gradient_through(tx), params, state, kwargs)
+        programs.append(Program(name, compiled, (params, state, kwargs), 1, floor, seconds))
     for program in programs:
         program.run()  # warm up
     return programs
+
+
+def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, float]:
+    start = time.perf_counter()
+    compiled = jax.jit(function).lower(*args).compile()
+    return compiled, time.perf_counter() - start
 
 
 def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[str, Any]]:
@@ -94,7 +109,10 @@ def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[s
     rng = np.random.default_rng(0)
     images = jnp.asarray(rng.normal(size=(config.batch_size, 32, 32, 3)), jnp.float32)
     labels = jnp.asarray(rng.integers(0, 10, config.batch_size), jnp.int32)
-    model = ConvNet(3, 10, config.width, rngs=nnx.Rngs(0))
+    if config.model == "convnet":
+        model: nnx.Module = ConvNet(3, 10, config.width, rngs=nnx.Rngs(0))
+    else:
+        model = models.build(config.model, 10, (32, 32, 3), nnx.Rngs(0))
     graphdef, params, model_state = (
         nnx.graphdef(model),
         nnx.state(model, nnx.Param),
@@ -110,11 +128,11 @@ def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[s
 
 
 def _table(title: str, programs: list[Program], seconds: dict[str, list[float]]) -> Table:
-    titles = ("median ms", "quartiles", "evaluations", "÷ floor", "temp. MB")
+    titles = ("median ms", "quartiles", "evals", "÷ floor", "temp. MB", "compile s")
     table = Table(
         Column("program", no_wrap=True), *(Column(name, justify="right") for name in titles), title=title, box=None,
         collapse_padding=True, pad_edge=False, header_style="bold",
-        caption="evaluations: median over that of 1 × value_and_grad; ÷ floor: over as many evaluations as points",
+        caption="evals: median over that of 1 × value_and_grad; ÷ floor: over as many evaluations as points",
     )  # fmt: skip
     median = {name: statistics.median(times) for name, times in seconds.items()}
     for program in programs:
@@ -128,5 +146,6 @@ def _table(title: str, programs: list[Program], seconds: dict[str, list[float]])
             f"{median[program.name] / median['1 × value_and_grad']:.2f}",
             f"{median[program.name] / floor:.2f}",
             f"{memory.temp_size_in_bytes / 1e6:.1f}",
+            f"{program.compile_seconds:.1f}",
         )
     return table
