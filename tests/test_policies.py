@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from jax.extend.core import jaxprs_in_params
 
 from crsam_jax import (
     adaptive_ascent,
@@ -187,22 +186,12 @@ def test_skipped_work_is_skipped(name, on_host):
     assert 0 < np.count_nonzero(expected) < 7
 
 
-def primitives(jaxpr):
-    """The names of all primitives in a jaxpr, those of inner ones too."""
-    names = set()
-    for equation in jaxpr.eqns:
-        names.add(equation.primitive.name)
-        for inner in jaxprs_in_params(equation.params):
-            names |= primitives(inner)
-    return names
-
-
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_choice_made_on_the_host_leaves_no_conditional_in_the_program(name):
     tx = POLICIES[name](crsam(loss_fn, evaluation="sequential"))
-    trace = lambda **options: primitives(jax.make_jaxpr(partial(tx.update, **options))(W, tx.init(W), W).jaxpr)
-    assert "cond" in trace()
-    assert "cond" not in trace(full_step=True) | trace(full_step=False)
+    trace = lambda **options: str(jax.make_jaxpr(partial(tx.update, **options))(W, tx.init(W), W))
+    assert "cond[" in trace()
+    assert "cond[" not in trace(full_step=True) + trace(full_step=False)
 
 
 # The choice made on the host

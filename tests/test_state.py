@@ -97,7 +97,7 @@ def test_vmap_over_seeds_is_each_seed_alone(name):
     run = lambda params: make_step(tx)(start(tx, params), BATCHES[0])
     together = jax.vmap(run)(stacked)
     for i, params in enumerate(seeds):
-        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), run(params), rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_close(jax.tree.map(lambda x, i=i: x[i], together), run(params), rtol=5e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", MEMBERS)
