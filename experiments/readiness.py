@@ -184,7 +184,9 @@ def _flops(lowered: Any) -> float:
 
 
 def _temporaries(program: Program, state: Any, batch: Any) -> int:
-    return int(program.step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes)
+    # Memory is planned before machine code is made; the code is never run, so making it is not to take long.
+    compiled = program.step.lower(state, batch).compile(compiler_options={"xla_backend_optimization_level": 0})
+    return int(compiled.memory_analysis().temp_size_in_bytes)
 
 
 def _size(tree: Any) -> int:
