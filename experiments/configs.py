@@ -29,7 +29,7 @@ class Sam:
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["learning_rate", "rho", "alpha", "beta"],
-    meta_fields=["penalty", "offset", "max_penalty_ratio"],
+    meta_fields=["penalty", "offset", "max_penalty_ratio", "evaluation"],
 )
 @dataclasses.dataclass(frozen=True)
 class CrSam:
@@ -42,6 +42,7 @@ class CrSam:
     penalty: Literal["log", "linear"] = "log"
     offset: float = 1.0
     max_penalty_ratio: float | None = None
+    evaluation: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
 
 
 Settings = Sgd | Sam | CrSam

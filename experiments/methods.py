@@ -37,6 +37,8 @@ class CrSamSettings(SamSettings, Protocol):
     def offset(self) -> float: ...
     @property
     def max_penalty_ratio(self) -> float | None: ...
+    @property
+    def evaluation(self) -> Literal["auto", "vmap", "sequential", "ordered"]: ...
 
 
 class Settings(Protocol):
@@ -73,7 +75,9 @@ def _first(stage: Callable[[LossFn, Settings], optax.GradientTransformation]) ->
 
 def _crsam(loss_fn: LossFn, config: Settings, **changes: Any) -> optax.GradientTransformationExtraArgs:
     c = config.crsam
-    settings = {"penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio} | changes
+    settings = {
+        "penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio, "evaluation": c.evaluation
+    } | changes  # fmt: skip
     return cj.crsam(loss_fn, c.rho, c.alpha, c.beta, has_aux=True, **settings)
 
 

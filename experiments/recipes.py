@@ -40,6 +40,8 @@ class CrSam:
     """δ in log(δ + S) and log(δ + D); 0 is the paper's eq. 7."""
     max_penalty_ratio: float | None = None
     """Bound κ on ‖penalty's gradient‖/‖g⁺‖."""
+    evaluation: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
+    """How the probes are evaluated; for speed and memory alone. auto: vmap on GPU and TPU, sequential on CPU."""
 
 
 @dataclasses.dataclass(frozen=True)

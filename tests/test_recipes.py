@@ -155,6 +155,15 @@ def test_a_summary_is_mean_and_deviation_over_seeds(tmp_path):
     assert (tmp_path / "curves.png").stat().st_size > 1000
 
 
+@pytest.mark.parametrize("setting", ["evaluation", "penalty"])
+def test_the_settings_of_crsam_reach_it(setting):
+    recipe = dataclasses.replace(
+        recipes.get("digits-convnet"), method="crsam", crsam=recipes.CrSam(**{setting: "unheard"})
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=f"{setting} must be one of"):
+        optimizers.optimizer(recipe, lambda params: (0.0, None), 1)
+
+
 def test_readiness_counts_what_closed_forms_count():
     """One linear layer over patches dominates: FLOPs of a product of matrices, 2 a weight and use."""
     recipe = dataclasses.replace(
