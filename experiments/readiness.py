@@ -20,7 +20,7 @@ from experiments.data import imagenet
 from experiments.inputs import Signature
 from experiments.optimizers import method_of
 from experiments.program import Program, make_program
-from experiments.recipes import CrSam, Recipe, Sam
+from experiments.recipes import Recipe, Sam
 
 METHODS = ("base", "sam", "crsam")
 
@@ -167,7 +167,7 @@ def _network(recipe: Recipe, signature: Signature, method: str) -> str:
     """What the compiled step depends on, but for the number of classes."""
     same = dataclasses.replace(
         recipe, method=method, dataset="cifar10", epochs=1, learning_rate=0.0, weight_decay=0.0, sam=Sam(),
-        crsam=CrSam(),
+        crsam=dataclasses.replace(recipe.crsam, rho=0.0, alpha=0.0, beta=0.0),
     )  # fmt: skip
     return repr((same, signature.image_shape))
 
