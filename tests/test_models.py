@@ -1,5 +1,7 @@
 """The networks: parameter counts of the literature, shapes, precision, and what normalization does when."""
 
+import sys
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -118,6 +120,23 @@ def test_batch_norm_keeps_a_tenth_of_the_new_statistics():
     np.testing.assert_allclose(norm(x), (x - mean) / jnp.sqrt(variance + 1e-5), rtol=1e-4, atol=1e-5)
     np.testing.assert_array_equal(norm.mean[...], mean)
     np.testing.assert_array_equal(norm.var[...], variance)
+
+
+def test_batch_norm_traces_without_an_error_message():
+    # jax before 0.12 walks the whole program traced so far to write one, once for every statistic of nnx's own layer.
+    model = reduced("resnet18")
+    written = []
+
+    def watch(frame, event, _):
+        if event == "call" and frame.f_code.co_name == "_origin_msg":
+            written.append(frame)
+
+    sys.setprofile(watch)
+    try:
+        nnx.jit(lambda model, x: model(x).sum()).lower(model, images(2, 16, 16, 3))
+    finally:
+        sys.setprofile(None)
+    assert not written
 
 
 @pytest.mark.parametrize("name", REDUCED)
