@@ -93,4 +93,7 @@ def unit(tree: Any) -> Any:
 
 def cosine(a: Any, b: Any) -> jax.Array:
     """⟨a, b⟩/(‖a‖‖b‖), a scalar in [−1, 1] up to rounding; 0 where either is zero or not finite."""
-    return dot(unit(a), unit(b))
+    (a, _), (b, _) = _rescaled(a), _rescaled(b)
+    product, lengths = dot(a, b), jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
+    usable = jnp.isfinite(lengths) & (lengths > 0)
+    return jnp.where(usable, product / jnp.where(usable, lengths, 1), 0)
