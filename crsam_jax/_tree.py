@@ -91,9 +91,14 @@ def unit(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.where(usable, x / divisor, 0), rescaled)
 
 
+def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
+    """Numerator/denominator; 0 where the denominator is not positive."""
+    is_positive = denominator > 0
+    return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)
+
+
 def cosine(a: Any, b: Any) -> jax.Array:
     """⟨a, b⟩/(‖a‖‖b‖), a scalar in [−1, 1] up to rounding; 0 where either is zero or not finite."""
     (a, _), (b, _) = _rescaled(a), _rescaled(b)
-    product, lengths = dot(a, b), jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
-    usable = jnp.isfinite(lengths) & (lengths > 0)
-    return jnp.where(usable, product / jnp.where(usable, lengths, 1), 0)
+    lengths = jnp.sqrt(dot(a, a)) * jnp.sqrt(dot(b, b))
+    return safe_ratio(dot(a, b), jnp.where(jnp.isfinite(lengths), lengths, 0))

@@ -75,7 +75,7 @@ def curvature_penalty(
             "loss_minus": minus.loss,
             "slope": seen.first / (2 * reach),
             "curvature": curvature,
-            "normalized_curvature": safe_ratio(curvature, grad_norm),
+            "normalized_curvature": _tree.safe_ratio(curvature, grad_norm),
             **report,
             "guarded_steps": report["guarded_steps"] | second_off | first_off,
         }
@@ -157,9 +157,3 @@ def add_term(
         term = jax.tree.map(lambda leaf: factor.astype(leaf.dtype) * leaf, term)
     report = {"penalty_ratio": ratio, "guarded_steps": ~is_usable, "bounded_steps": is_bounded}
     return _tree.wide_map(jnp.add, plus, term), report
-
-
-def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Numerator/denominator; 0 where the denominator is not positive."""
-    is_positive = denominator > 0
-    return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)

@@ -14,7 +14,6 @@ from crsam_jax.curvature_penalty import (
     checked_hyperparameters,
     log_weight,
     loss_noise,
-    safe_ratio,
     second_difference,
 )
 from crsam_jax.diagnostics import RandomProbesDiagnostics
@@ -134,7 +133,7 @@ def random_curvature_penalty(
         return gradient, {
             "curvature": one_sided_curvature(step),
             "trace": trace,
-            "normalized_trace": safe_ratio(trace, _tree.norm(step.grads)),
+            "normalized_trace": _tree.safe_ratio(trace, _tree.norm(step.grads)),
             **report,
             "guarded_steps": report["guarded_steps"] | second_off | first_off,
         }
