@@ -10,9 +10,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number, check_seed
-from crsam_jax.ascent import Ascent, GradientFn
+from crsam_jax.ascents.ascent import Ascent
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number, check_seed
+from crsam_jax.step.types import GradientFn
 
 
 def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> Ascent:
@@ -52,8 +53,8 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
         noise = jax.tree.map(_relative_to_filters, normal_like(step_key(seed, state), params), params)
         noise = jax.tree.map(lambda leaf: sigma * leaf, noise)
         smoothed = jax.tree.map(lambda w, delta: (w + delta).astype(jnp.result_type(w)), params, noise)
-        combined = _tree.wide_map(lambda delta, g: delta + weight * g, noise, gradient_fn(smoothed))
-        return _tree.unit(combined), optax.safe_increment(state)
+        combined = trees.wide_map(lambda delta, g: delta + weight * g, noise, gradient_fn(smoothed))
+        return trees.unit(combined), optax.safe_increment(state)
 
     return Ascent(_count, apply)
 
@@ -89,7 +90,7 @@ def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
         del params, gradient_fn
         uniform = uniform_like(step_key(seed, state), grads)
         kept = jax.tree.map(lambda g, u: jnp.where(u < keep, g, 0), grads, uniform)
-        return jax.tree.map(lambda leaf: leaf / keep, _tree.unit(kept)), optax.safe_increment(state)
+        return jax.tree.map(lambda leaf: leaf / keep, trees.unit(kept)), optax.safe_increment(state)
 
     return Ascent(_count, apply)
 
@@ -101,7 +102,7 @@ def step_key(seed: int, count: jax.Array) -> jax.Array:
 
 def normal_like(key: jax.Array, params: Any) -> Any:
     """Independent standard normal numbers in the shapes of params, in at least float32."""
-    return optax.tree.random_like(key, _tree.widen(params), jax.random.normal)
+    return optax.tree.random_like(key, trees.widen(params), jax.random.normal)
 
 
 def uniform_like(key: jax.Array, params: Any) -> Any:

@@ -1,7 +1,7 @@
 """Validation of numbers and trees, with messages that say what to do."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,8 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-ScalarOrSchedule = float | jax.Array | Callable[[Any], Any]
-"""A constant, a traced scalar, or a schedule from the step count to a scalar."""
+from crsam_jax.step.types import ScalarOrSchedule
 
 
 def check_number(name: str, value: Any, *, below: float = math.inf) -> None:

@@ -10,15 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number
-
-Mask = Any
-"""A pytree of bools that is a prefix of params, or a function from params to one."""
-
-
-GradientFn = Callable[[Any], Any]
-"""From a point, a tree like params, to the gradient of the loss there."""
+from crsam_jax.step import trees
+from crsam_jax.step.types import GradientFn, Mask, Params
 
 
 class Ascent(NamedTuple):
@@ -46,6 +39,38 @@ class Ascent(NamedTuple):
     apply: Callable[..., tuple[Any, Any]]
 
 
+def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
+    """The mask as a tree of bools with the structure of params."""
+    mask = mask(params) if callable(mask) else mask
+    try:
+        full = jax.tree.broadcast(mask, params)
+    except ValueError as error:
+        raise ValueError(
+            f"{name} must be a prefix of params: {jax.tree.structure(mask)} does not fit {jax.tree.structure(params)}."
+        ) from error
+    for leaf in jax.tree.leaves(full):
+        if not isinstance(leaf, bool):
+            raise TypeError(f"{name} must have True or False at its leaves, found {leaf!r}.")
+    return full
+
+
+def no_state(params: Any) -> tuple[()]:
+    """The initial state of an ascent that has none."""
+    del params
+    return ()
+
+
+def _unit_gradient(
+    grads: Params, state: Any, params: Params, gradient_fn: GradientFn | None = None
+) -> tuple[Params, Any]:
+    del params, gradient_fn
+    return trees.unit(grads), state
+
+
+GRADIENT_ASCENT = Ascent(no_state, _unit_gradient)
+"""The one ascent that a step knows: its v is g/‖g‖, which takes no vector and no products of its own."""
+
+
 def gradient_ascent() -> Ascent:
     """The direction of SAM and of CR-SAM: v = g/‖g‖, one norm over the whole tree.
 
@@ -62,54 +87,7 @@ def gradient_ascent() -> Ascent:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021,
       eq. 2 with p = 2; Wu et al., "CR-SAM", AAAI 2024, algorithm 1, line 4.
     """
-
-    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
-        del params, gradient_fn
-        return _tree.unit(grads), state
-
-    return Ascent(no_state, apply)
-
-
-def adaptive_ascent(eta: float = 0.01, adaptive: Mask | None = None) -> Ascent:
-    """The scale-invariant direction of ASAM: v = T² g/‖T g‖ with T = diag(|w| + η).
-
-    One norm over the whole tree; ‖v‖ is not 1. Where T g is zero or not finite, v is zero.
-
-    Args:
-      eta: η ≥ 0, added to |w| so that small weights still move. Unitless.
-      adaptive: which leaves are scaled, as a prefix of params with bool leaves or a function from params to
-        one; the others have T = 1. ``None``, the default, scales all of them. The authors' code scales
-        the tensors whose name contains "weight" and leaves biases alone.
-
-    Raises:
-      ValueError: if eta is negative or not finite.
-      TypeError: if eta is not a number.
-
-    Example:
-      >>> import jax.numpy as jnp, crsam_jax
-      >>> params, grads = jnp.array([1.0, 2.0]), jnp.array([1.0, 1.0])
-      >>> direction, _ = crsam_jax.adaptive_ascent(eta=0.0).apply(grads, (), params)
-      >>> print(direction * 5**0.5)  # T²g = [1, 4] over ‖Tg‖ = √5
-      [1. 4.]
-
-    References:
-      Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep
-      Neural Networks", ICML 2021, eq. 7 and algorithm 1.
-    """
-    check_number("eta", eta)
-
-    def scale(grad: jax.Array, param: jax.Array, is_adaptive: bool) -> jax.Array:
-        if not is_adaptive:
-            return grad
-        return (jnp.abs(param).astype(_tree.wide_dtype(param)) + eta) * grad
-
-    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
-        del gradient_fn
-        which = broadcast_mask("adaptive", True if adaptive is None else adaptive, params)
-        scaled = jax.tree.map(scale, _tree.widen(grads), params, which)
-        return jax.tree.map(scale, _tree.unit(scaled), params, which), state
-
-    return Ascent(no_state, apply)
+    return GRADIENT_ASCENT
 
 
 def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
@@ -155,22 +133,17 @@ def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
     return Ascent(ascent.init, apply)
 
 
-def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
-    """The mask as a tree of bools with the structure of params."""
-    mask = mask(params) if callable(mask) else mask
-    try:
-        full = jax.tree.broadcast(mask, params)
-    except ValueError as error:
-        raise ValueError(
-            f"{name} must be a prefix of params: {jax.tree.structure(mask)} does not fit {jax.tree.structure(params)}."
-        ) from error
-    for leaf in jax.tree.leaves(full):
-        if not isinstance(leaf, bool):
-            raise TypeError(f"{name} must have True or False at its leaves, found {leaf!r}.")
-    return full
+def checked_ascent(ascent: Ascent | None) -> Ascent:
+    """The ascent, or the gradient's.
 
-
-def no_state(params: Any) -> tuple[()]:
-    """The initial state of an ascent that has none."""
-    del params
-    return ()
+    Raises:
+      TypeError: if it is something else.
+    """
+    if ascent is None:
+        return GRADIENT_ASCENT
+    if not isinstance(ascent, Ascent):
+        raise TypeError(
+            f"ascent must be an Ascent, such as crsam_jax.adaptive_ascent(), or None; got {ascent!r}"
+            + (" (call it to make one)." if callable(ascent) else ".")
+        )
+    return ascent

@@ -1,7 +1,7 @@
 """What a step saw, beside the gradient: scalars in float32, or float64 if the params are, and int32 counts.
 
 They cost no gradient evaluation. Read one from an optimizer state by ``optax.tree.get(opt_state, "curvature")``.
-Before the first step, and where nothing was perturbed, a measure along v is 0.
+Before the first step, and where nothing was perturbed, a measure along v is 0. A field that ends in ``_steps`` counts.
 """
 
 from typing import Any, NamedTuple
@@ -9,8 +9,6 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
-_COUNTS = ("guarded_steps", "bounded_steps")
 
 
 class OneSidedDiagnostics(NamedTuple):
@@ -95,15 +93,16 @@ class RandomProbesDiagnostics(NamedTuple):
 Diagnostics = OneSidedDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics
 
 
-def initial(kind: type[Diagnostics], dtype: np.dtype) -> Diagnostics:
+def initial(kind: type[Any], dtype: np.dtype) -> Any:
     """Zeros of the right types, each in a buffer of its own."""
-    return kind(**{name: jnp.zeros((), jnp.int32 if name in _COUNTS else dtype) for name in kind._fields})
+    return kind(**{name: jnp.zeros((), jnp.int32 if name.endswith("_steps") else dtype) for name in kind._fields})
 
 
-def accumulated(before: Diagnostics, now: dict[str, Any]) -> Diagnostics:
+def accumulated(before: Any, now: Any) -> Any:
     """The new values in the old ones' dtypes; counts added up."""
-    values = {name: jnp.asarray(now[name]).astype(old.dtype) for name, old in before._asdict().items()}
-    for name in _COUNTS:
-        if name in values:
-            values[name] = getattr(before, name) + values[name]
-    return type(before)(**values)
+
+    def add(old: jax.Array, new: Any) -> jax.Array:
+        value = jnp.asarray(new).astype(old.dtype)
+        return old + value if jnp.issubdtype(old.dtype, jnp.integer) else value
+
+    return jax.tree.map(add, before, now)

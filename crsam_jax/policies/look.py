@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number
-from crsam_jax.policies import check_period, choose
+from crsam_jax.policies.periodic import check_period
+from crsam_jax.policies.policy import counters, policy
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number
+from crsam_jax.step.types import Params
 
 # The sums behind the projection lose about this many units in the last place.
 _PROJECTION_ULPS = 16
@@ -74,50 +76,32 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     """
     check_period(k)
     check_number("strength", strength)
-    inner = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> LookState:
-        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, _tree.wide_dtype(p)), params)
-        return LookState(
-            jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32), jnp.asarray(k, jnp.int32), zeros, inner.init(params)
-        )
+    def start(params: Params, inner_state: Any) -> LookState:
+        zeros = jax.tree.map(lambda p: jnp.zeros_like(p, trees.wide_dtype(p)), params)
+        return LookState(*counters(), jnp.asarray(k, jnp.int32), zeros, inner_state)
 
-    def update(
-        updates: Any, state: LookState, params: Any = None, *, full_step: bool | None = None, **extra_args: Any
-    ) -> tuple[Any, LookState]:
-        def full() -> tuple[Any, Any, Any]:
-            result, inner_state = inner.update(updates, state.inner_state, params, **extra_args)
-            return result, _tree.cast_like(_orthogonal(result, updates), state.orthogonal), inner_state
+    def reuse(state: LookState, grads: Params) -> Params:
+        length = trees.scaled_norm(grads)
+        moved = trees.wide_map(lambda g, u: g + strength * length.value * u, grads, state.orthogonal)
+        return trees.select(jnp.isfinite(length.length), trees.cast_like(moved, grads), grads)
 
-        def reuse() -> tuple[Any, Any, Any]:
-            length = strength * _tree.norm(updates)
-            moved = _tree.wide_map(lambda g, u: g + length * u, updates, state.orthogonal)
-            result = _tree.select(_tree.all_finite(updates), _tree.cast_like(moved, updates), updates)
-            return result, state.orthogonal, state.inner_state
+    def remember(state: LookState, result: Params, grads: Params) -> LookState:
+        return state._replace(orthogonal=trees.cast_like(_orthogonal(result, grads), state.orthogonal))
 
-        due = state.is_due(updates) if full_step is None else full_step
-        result, orthogonal, inner_state = choose(due, full, reuse)
-        return result, LookState(
-            steps=optax.safe_increment(state.steps),
-            full_steps=state.full_steps + jnp.asarray(due, jnp.int32),
-            period=state.period,
-            orthogonal=orthogonal,
-            inner_state=inner_state,
-        )
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return policy(tx, start, between=reuse, remember=remember)
 
 
 def _orthogonal(result: Any, grads: Any) -> Any:
     """The unit vector of the part of ``result`` orthogonal to g; zeros where that part is rounding noise."""
-    along = _tree.unit(grads)
-    projection = _tree.dot(along, result)
-    rest = _tree.wide_map(lambda r, u: r - projection * u, result, along)
-    is_noise = _tree.norm(rest) <= _noise(result) * _tree.norm(result)
-    return jax.tree.map(lambda leaf: jnp.where(is_noise, 0, leaf), _tree.unit(rest))
+    along = trees.unit(grads)
+    projection = trees.dot(along, result)
+    rest = trees.wide_map(lambda r, u: r - projection * u, result, along)
+    is_noise = trees.norm(rest) <= _noise(result) * trees.norm(result)
+    return jax.tree.map(lambda leaf: jnp.where(is_noise, 0, leaf), trees.unit(rest))
 
 
 def _noise(result: Any) -> float:
     """Relative rounding error: of the result in its own dtypes, and of the projection in a wide one."""
     own = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(result)), default=0.0)
-    return own + _PROJECTION_ULPS * float(jnp.finfo(_tree.wide_dtype(result)).eps)
+    return own + _PROJECTION_ULPS * float(jnp.finfo(trees.wide_dtype(result)).eps)

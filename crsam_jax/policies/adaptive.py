@@ -6,9 +6,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax import _tree
-from crsam_jax._checks import ScalarOrSchedule, check_number, value_at
-from crsam_jax.policies import run
+from crsam_jax.policies.policy import counters, policy
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number, value_at
+from crsam_jax.step.types import Params, ScalarOrSchedule
 
 
 class AdaptivePolicyState(NamedTuple):
@@ -82,50 +83,35 @@ def adaptive_policy(
     if not callable(threshold) and not isinstance(threshold, jax.core.Tracer):
         check_number("threshold (its size)", abs(threshold) if hasattr(threshold, "__abs__") else threshold)
     check_number("decay", decay, below=1)
-    inner = optax.with_extra_args_support(tx)
 
-    def init(params: Any) -> AdaptivePolicyState:
-        dtype = _tree.wide_dtype(params)
+    def start(params: Params, inner_state: Any) -> AdaptivePolicyState:
+        dtype = trees.wide_dtype(params)
+        steps, full_steps = counters()
         return AdaptivePolicyState(
-            steps=jnp.zeros((), jnp.int32),
-            full_steps=jnp.zeros((), jnp.int32),
+            steps=steps,
+            full_steps=full_steps,
             full_fraction=jnp.zeros((), jnp.float32),
             mean=jnp.zeros((), dtype),
             variance=jnp.zeros((), dtype),
             decay=jnp.asarray(decay, dtype),
             threshold=value_at(threshold, jnp.zeros((), jnp.int32), dtype),
-            inner_state=inner.init(params),
-        )
-
-    def update(
-        updates: Any,
-        state: AdaptivePolicyState,
-        params: Any = None,
-        *,
-        full_step: bool | None = None,
-        **extra_args: Any,
-    ) -> tuple[Any, AdaptivePolicyState]:
-        due = state.is_due(updates) if full_step is None else full_step
-        result, inner_state = run(inner, due, updates, state.inner_state, params, extra_args)
-        steps = optax.safe_increment(state.steps)
-        full_steps = state.full_steps + jnp.asarray(due, jnp.int32)
-        mean, variance = _running(state, _squared_norm(updates, state))
-        return result, AdaptivePolicyState(
-            steps=steps,
-            full_steps=full_steps,
-            full_fraction=full_steps.astype(jnp.float32) / steps.astype(jnp.float32),
-            mean=mean,
-            variance=variance,
-            decay=state.decay,
-            threshold=value_at(threshold, steps, state.mean.dtype),
             inner_state=inner_state,
         )
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    def advance(state: AdaptivePolicyState, grads: Params) -> AdaptivePolicyState:
+        mean, variance = _running(state, _squared_norm(grads, state))
+        return state._replace(
+            full_fraction=state.full_steps.astype(jnp.float32) / state.steps.astype(jnp.float32),
+            mean=mean,
+            variance=variance,
+            threshold=value_at(threshold, state.steps, state.mean.dtype),
+        )
+
+    return policy(tx, start, advance=advance)
 
 
 def _squared_norm(grads: Any, state: AdaptivePolicyState) -> jax.Array:
-    return (_tree.norm(grads) ** 2).astype(state.mean.dtype)
+    return (trees.norm(grads) ** 2).astype(state.mean.dtype)
 
 
 def _running(state: AdaptivePolicyState, square: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -8,13 +8,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-LossFn = Callable[..., Any]
-"""``loss_fn(params, **kwargs) -> loss`` or ``(loss, aux)``."""
+from crsam_jax.step.types import LossFn
 
 # Arguments that optax's own transformations exchange; they may describe another loss.
 RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
 
-_UPDATE_PARAMETERS = frozenset({"updates", "state", "params"})
+_UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
 
 _POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
@@ -43,8 +42,8 @@ class LossBinder:
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
         if taken:
             raise TypeError(
-                f"loss_fn {_describe(loss_fn)} needs {_quoted(taken)}, but update(updates, state, params, ...) has "
-                "a parameter of that name itself and cannot pass it on; rename it, say to 'model_state'."
+                f"loss_fn {_describe(loss_fn)} takes {_quoted(taken)}, but update(updates, state, params, loss=...) "
+                "has a parameter of that name itself and cannot pass it on; rename it, say to 'model_state'."
             )
 
     def __call__(self, given: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
@@ -85,6 +84,22 @@ class LossBinder:
         else:
             names = [n for n in self._required + self._optional if n in given]
         return {name: given[name] for name in names}
+
+
+def checked_loss(loss: Any) -> jax.Array | None:
+    """L(w) as the caller gives it, or None.
+
+    Raises:
+      TypeError: if it is not a real floating scalar.
+    """
+    if loss is None:
+        return None
+    if jnp.ndim(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+        raise TypeError(
+            "loss= takes L(w), the scalar that value_and_grad returned for loss_fn at these params; got "
+            f"{_summary(loss)} with shape {jnp.shape(loss)}. With has_aux=True pass the loss alone, without aux."
+        )
+    return jnp.asarray(loss)
 
 
 def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:

@@ -5,9 +5,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number
-from crsam_jax.ascent import Ascent, GradientFn
+from crsam_jax.ascents.ascent import Ascent
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number
+from crsam_jax.step.types import GradientFn
 
 
 def momentum_ascent(decay: float = 0.9) -> Ascent:
@@ -42,7 +43,7 @@ def momentum_ascent(decay: float = 0.9) -> Ascent:
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        direction = jax.tree.map(jnp.negative, _tree.unit(state))
+        direction = jax.tree.map(jnp.negative, trees.unit(state))
         return direction, _updated(state, lambda b, g: decay * b + g, grads)
 
     return Ascent(_zeros, apply)
@@ -77,17 +78,17 @@ def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        difference = _tree.wide_map(lambda g, m: g - sigma * m, grads, state)
-        return _tree.unit(difference), _updated(state, lambda m, g: decay * m + (1 - decay) * g, grads)
+        difference = trees.wide_map(lambda g, m: g - sigma * m, grads, state)
+        return trees.unit(difference), _updated(state, lambda m, g: decay * m + (1 - decay) * g, grads)
 
     return Ascent(_zeros, apply)
 
 
 def _updated(state: Any, rule: Any, grads: Any) -> Any:
     """The next state; a gradient that is not finite leaves it as it is."""
-    new = _tree.cast_like(_tree.wide_map(rule, state, grads), state)
-    return _tree.select(_tree.all_finite(grads), new, state)
+    new = trees.cast_like(trees.wide_map(rule, state, grads), state)
+    return trees.select(trees.all_finite(grads), new, state)
 
 
 def _zeros(params: Any) -> Any:
-    return jax.tree.map(lambda p: jnp.zeros_like(p, _tree.wide_dtype(p)), params)
+    return jax.tree.map(lambda p: jnp.zeros_like(p, trees.wide_dtype(p)), params)

@@ -12,10 +12,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _tree
-from crsam_jax._batches import Data, ExampleCount, count_examples, iterate
-from crsam_jax._checks import check_params
-from crsam_jax._loss import LossBinder, LossFn
+from crsam_jax.curvature._batches import Data, ExampleCount, count_examples, iterate
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_params
+from crsam_jax.step.loss import LossBinder
+from crsam_jax.step.types import LossFn
 
 Progress = Callable[[int, int | None], Any]
 """``progress(done, total)``; ``total`` is None where it is not known beforehand."""
@@ -57,7 +58,7 @@ class MeanLoss:
     def mean(self, kernel: Callable[..., Any], *args: Any) -> Any:
         """The mean over examples of ``kernel(*args, batch, loss_fn=..., has_aux=...)``, a pytree, in one pass."""
         if isinstance(self._data, Mapping):  # one batch: nothing to weigh
-            return _tree.widen(kernel(*args, dict(self._data), **self._settings))
+            return trees.widen(kernel(*args, dict(self._data), **self._settings))
         total, weights = None, 0.0
         for batch in iterate(self._data):
             weight = count_examples(self._data, batch, self._example_count)
@@ -79,7 +80,7 @@ def widened_params(params: Any) -> Any:
     check_params(params)
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params)):
         raise TypeError("params is traced: this function loops in Python, call it outside of jit, grad, vmap and scan.")
-    return _tree.widen(params)
+    return trees.widen(params)
 
 
 def like_params(name: str, tree: Any, params: Any) -> Any:
@@ -96,7 +97,7 @@ def like_params(name: str, tree: Any, params: Any) -> Any:
         if jnp.shape(leaf) != jnp.shape(param):
             where = jax.tree_util.keystr(path) or "the root"
             raise ValueError(f"{name} has shape {jnp.shape(leaf)} at {where} where params has {jnp.shape(param)}.")
-    return _tree.cast_like(jax.tree.map(jnp.asarray, tree), params)
+    return trees.cast_like(jax.tree.map(jnp.asarray, tree), params)
 
 
 def _binder(loss_fn: LossFn, has_aux: bool) -> LossBinder:
@@ -123,5 +124,5 @@ def _hvp(params: Any, vector: Any, batch: Any, *, loss_fn: LossFn, has_aux: bool
 
 @jax.jit
 def _accumulated(total: Any, value: Any, weight: Any) -> Any:
-    weighted = _tree.wide_map(lambda leaf: weight * leaf, value)
+    weighted = trees.wide_map(lambda leaf: weight * leaf, value)
     return weighted if total is None else jax.tree.map(jnp.add, total, weighted)

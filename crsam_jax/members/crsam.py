@@ -1,18 +1,19 @@
 """CR-SAM: the transformation, and its gradient as a pure function."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
 
-from crsam_jax._checks import ScalarOrSchedule
-from crsam_jax._loss import LossBinder, LossFn
-from crsam_jax.ascent import Ascent, Mask
-from crsam_jax.curvature_penalty import curvature_penalty
-from crsam_jax.diagnostics import Diagnostics
-from crsam_jax.random_probes import RandomProbes, random_curvature_penalty
-from crsam_jax.transform import sharpness_aware
+from crsam_jax.ascents.ascent import Ascent
+from crsam_jax.members.curvature_penalty import Form, Measure, curvature_penalty
+from crsam_jax.members.random_probes import RandomProbes, random_curvature_penalty
+from crsam_jax.step.execution import Execution
+from crsam_jax.step.loss import LossBinder, checked_loss
+from crsam_jax.step.rule import Rule
+from crsam_jax.step.transformation import Method, SharpnessAwareState, sharpness_aware
+from crsam_jax.step.types import LossFn, Mask, Params, Scalar, ScalarOrSchedule
 
 
 def crsam(
@@ -21,17 +22,15 @@ def crsam(
     alpha: ScalarOrSchedule = 0.1,
     beta: ScalarOrSchedule = 0.01,
     *,
-    penalty: str = "log",
+    penalty: Form = "log",
     offset: ScalarOrSchedule = 1.0,
     max_penalty_ratio: ScalarOrSchedule | None = None,
-    differences: str = "losses",
+    differences: Measure = "losses",
     probes: RandomProbes | None = None,
     ascent: Ascent | None = None,
-    evaluation: str = "auto",
     has_aux: bool = False,
-    axis_name: str | None = None,
-    sync_perturbation: bool = True,
     mask: Mask | None = None,
+    execution: Execution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""CR-SAM: sharpness-aware minimization with a penalty on the normalized Hessian trace.
 
@@ -82,27 +81,18 @@ def crsam(
       probes: ``None``: the penalty looks along v, as the paper's algorithm does; :func:`random_probes`: along
         random directions, as its eq. 7 does. The logarithmic penalty and differences of losses only.
       ascent: the rule for v; ``None`` is :func:`gradient_ascent`, the paper's.
-      evaluation: ``"vmap"``: both probes in one batched evaluation; ``"sequential"``: two plain evaluations,
-        which the compiler may overlap; ``"ordered"``: strictly one after the other, for the least memory;
-        ``"auto"``: vmap on GPU and TPU, sequential on CPU, decided at lowering. The numbers are the same up to
-        rounding. Batching over params turns convolutions into grouped convolutions, so measure before you
-        use vmap with a ConvNet.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux of the probes is dropped: the model state
         (BatchNorm statistics) to keep is that of the caller's own pass at w.
-      axis_name: axis of ``shard_map`` or ``pmap`` over which losses and gradients of the probes are averaged; the
-        incoming gradient must be averaged already. Not needed under ``jit`` with sharded arrays.
-      sync_perturbation: under ``axis_name``: ``True``: one perturbation for all, from averaged gradients.
-        ``False``, the m-sharpness of SAM: the incoming gradients are those of each part of the batch, not
-        averaged; every part has its own v, S, D and guards, and the results are averaged at the end, with the
-        diagnostics (``guarded_steps`` counts a step if any part did). On one device,
-        ``jax.vmap(..., axis_name=...)`` over parts of the batch does it.
       mask: which part of the params to perturb: a prefix of params with bool leaves, or a function from
         params to one (declare that static under ``optax.inject_hyperparams``). The gradient returned covers
         all of them.
+      execution: how the loss is evaluated at the points: strategy, axes of a mesh. ``None`` is the default of
+        :class:`crsam_jax.Execution`.
 
     Returns:
-      A transformation whose ``update(grads, state, params, **kwargs)`` returns a gradient with the structure,
-      shapes and dtypes of ``grads``. Its state holds the count and :class:`TwoSidedDiagnostics`.
+      A transformation whose ``update(grads, state, params, loss=loss, **kwargs)`` returns a gradient with the
+      structure, shapes and dtypes of ``grads``. ``loss`` is L(w), which the caller has from ``value_and_grad``;
+      without it L(w) is evaluated again. The state holds the count and :class:`TwoSidedDiagnostics`.
 
     Raises:
       TypeError: at construction, if ``loss_fn`` is not callable or an argument has the wrong type; at
@@ -123,7 +113,7 @@ def crsam(
       >>> @jax.jit
       ... def step(params, opt_state, batch):
       ...   loss, grads = jax.value_and_grad(loss_fn)(params, batch)
-      ...   updates, opt_state = tx.update(grads, opt_state, params, batch=batch)
+      ...   updates, opt_state = tx.update(grads, opt_state, params, loss=loss, batch=batch)
       ...   return optax.apply_updates(params, updates), opt_state, loss
       >>> batch = jnp.eye(2), jnp.array([1.0, -1.0])
       >>> for _ in range(60):
@@ -137,18 +127,27 @@ def crsam(
       Wu, Luo, Wunsch, "CR-SAM: Curvature Regularized Sharpness-Aware Minimization", AAAI 2024,
       arXiv 2312.13555, eq. 5-7, theorem 1 and algorithm 1.
     """
+    rule = _rule(alpha, beta, penalty, offset, max_penalty_ratio, differences, probes, mask)
+    return sharpness_aware(loss_fn, rule, rho, ascent=ascent, has_aux=has_aux, mask=mask, execution=execution)
+
+
+def _rule(
+    alpha: ScalarOrSchedule,
+    beta: ScalarOrSchedule,
+    penalty: Form,
+    offset: ScalarOrSchedule,
+    max_penalty_ratio: ScalarOrSchedule | None,
+    differences: Measure,
+    probes: RandomProbes | None,
+    mask: Mask | None,
+) -> Rule:
     if probes is None:
-        term = curvature_penalty(penalty, alpha, beta, offset, max_penalty_ratio, differences)
-    else:
-        _check_random_probes(probes, penalty, differences)
-        term = random_curvature_penalty(probes, alpha, beta, offset, max_penalty_ratio, mask)
-    return sharpness_aware(
-        loss_fn, term, rho, ascent=ascent, evaluation=evaluation, has_aux=has_aux, axis_name=axis_name,
-        sync_perturbation=sync_perturbation, mask=mask,
-    )  # fmt: skip
+        return curvature_penalty(penalty, alpha, beta, offset, max_penalty_ratio, differences)
+    _check_random_probes(probes, penalty, differences)
+    return random_curvature_penalty(probes, alpha, beta, offset, max_penalty_ratio, mask)
 
 
-def _check_random_probes(probes: RandomProbes, penalty: str, differences: str) -> None:
+def _check_random_probes(probes: RandomProbes, penalty: Form, differences: Measure) -> None:
     if not isinstance(probes, RandomProbes):
         raise TypeError(f"probes must be None or crsam_jax.random_probes(...), got {probes!r}.")
     if penalty != "log" or differences != "losses":
@@ -158,29 +157,58 @@ def _check_random_probes(probes: RandomProbes, penalty: str, differences: str) -
         )
 
 
+class GradientFn(NamedTuple):
+    """CR-SAM's gradient as pure functions, made by :func:`crsam_gradient`; call it for a gradient without memory.
+
+    Attributes:
+      init: ``params -> state``.
+      step: ``(params, grads, state, *, loss=None, **kwargs) -> (gradient, new_state)``; ``new_state.diagnostics`` says
+        what was seen, and counts add up.
+      draws: whether it draws random probes, which depend on the count in the state.
+    """
+
+    init: Callable[[Params], SharpnessAwareState]
+    step: Callable[..., tuple[Params, SharpnessAwareState]]
+    draws: bool
+
+    def __call__(self, params: Params, grads: Params = None, **kwargs: Any) -> tuple[Params, Any]:
+        """The gradient at params and the diagnostics of this call, whose counts are 0 or 1.
+
+        Raises:
+          ValueError: if the method remembers or draws anything from step to step: every call would start afresh.
+        """
+        state = self.init(params)
+        if self.draws or jax.tree.leaves(state.ascent):
+            raise ValueError(
+                "This ascent, or random_probes, carries a state from step to step, and a call would start it afresh "
+                "each time. Keep the state: state = gradient_fn.init(params), then gradient, state = "
+                "gradient_fn.step(params, grads, state, ...)."
+            )
+        gradient, state = self.step(params, grads, state, **kwargs)
+        return gradient, state.diagnostics
+
+
 def crsam_gradient(
     loss_fn: LossFn,
-    rho: float = 0.1,
-    alpha: float = 0.1,
-    beta: float = 0.01,
+    rho: Scalar = 0.1,
+    alpha: Scalar = 0.1,
+    beta: Scalar = 0.01,
     *,
-    penalty: str = "log",
-    offset: float = 1.0,
-    max_penalty_ratio: float | None = None,
-    differences: str = "losses",
+    penalty: Form = "log",
+    offset: Scalar = 1.0,
+    max_penalty_ratio: Scalar | None = None,
+    differences: Measure = "losses",
     probes: RandomProbes | None = None,
     ascent: Ascent | None = None,
-    evaluation: str = "auto",
     has_aux: bool = False,
-    axis_name: str | None = None,
-    sync_perturbation: bool = True,
     mask: Mask | None = None,
-) -> Callable[..., tuple[Any, Diagnostics]]:
+    execution: Execution | None = None,
+) -> GradientFn:
     """CR-SAM's gradient as a pure function, for those who write their own loop.
 
     Args:
-      loss_fn: see :func:`crsam`, as for all other arguments. There is no step count here, so rho, alpha, beta, offset
-        and max_penalty_ratio are numbers (or traced arrays), and an ascent starts from its initial state.
+      loss_fn: see :func:`crsam`, as for all other arguments. Schedules are for :func:`crsam`; here rho, alpha, beta,
+        offset and max_penalty_ratio are numbers (or traced arrays).
       rho: ρ.
       alpha: α.
       beta: β.
@@ -190,20 +218,20 @@ def crsam_gradient(
       differences: ``"losses"`` or ``"gradients"``.
       probes: ``None`` or :func:`random_probes`.
       ascent: the rule for v.
-      evaluation: how the probes are evaluated.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-      axis_name: mapped axis to average over.
-      sync_perturbation: whether all of the mapped axis share one perturbation.
       mask: which part of the params to perturb.
+      execution: how the loss is evaluated.
 
     Returns:
-      ``gradient_fn(params, grads=None, **kwargs) -> (gradient, diagnostics)``. ``grads`` is the gradient of
-      ``loss_fn`` at params, and is computed if it is None; ``kwargs`` go to ``loss_fn`` by name. ``guarded_steps``
-      and ``bounded_steps`` are 0 or 1.
+      ``gradient_fn(params, grads=None, *, loss=None, **kwargs) -> (gradient, diagnostics)``. ``grads`` is the gradient
+      of ``loss_fn`` at params and ``loss`` its value; both are computed if they are None; ``kwargs`` go to
+      ``loss_fn`` by name. An ascent that remembers, and random probes, need a state from step to step: see
+      :class:`GradientFn`.
 
     Raises:
       TypeError: for a schedule, and as :func:`crsam`.
-      ValueError: as :func:`crsam`; if ``grads`` is None under ``axis_name``, where only the caller can average it.
+      ValueError: as :func:`crsam`; if ``grads`` is None under an axis, where only the caller can average it; at a
+        call, if the method has a memory.
 
     Example:
       >>> import jax.numpy as jnp
@@ -218,19 +246,18 @@ def crsam_gradient(
     for name, value in numbers.items():
         if callable(value):
             raise TypeError(f"{name} must be a number here, got {value!r}: there is no step count for a schedule.")
-    tx = crsam(
-        loss_fn, rho, alpha, beta, penalty=penalty, offset=offset, max_penalty_ratio=max_penalty_ratio,
-        differences=differences, probes=probes, ascent=ascent, evaluation=evaluation, has_aux=has_aux,
-        axis_name=axis_name, sync_perturbation=sync_perturbation, mask=mask,
-    )  # fmt: skip
-    bind = LossBinder(loss_fn, has_aux)
+    bind = LossBinder(loss_fn, has_aux, call="gradient_fn(params, grads, {})")
+    rule = _rule(alpha, beta, penalty, offset, max_penalty_ratio, differences, probes, mask)
+    method = Method.of(rule, rho, ascent, mask, execution)
 
-    def gradient_fn(params: Any, grads: Any = None, **kwargs: Any) -> tuple[Any, Diagnostics]:
+    def step(
+        params: Params, grads: Params, state: SharpnessAwareState, *, loss: Any = None, **kwargs: Any
+    ) -> tuple[Params, SharpnessAwareState]:
+        bound, loss = bind(kwargs), checked_loss(loss)
         if grads is None:
-            if axis_name is not None:
+            if method.execution.axis_name is not None:
                 raise ValueError("With axis_name, pass grads, averaged over the axis.")
-            grads = jax.grad(bind(kwargs))(params)
-        gradient, state = tx.update(grads, tx.init(params), params, **kwargs)
-        return gradient, state.diagnostics
+            loss, grads = jax.value_and_grad(bound)(params)
+        return method.gradient(bound, grads, state, params, loss)
 
-    return gradient_fn
+    return GradientFn(method.init, step, probes is not None)

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number, check_seed
-from crsam_jax.ascent import Ascent, GradientFn
-from crsam_jax.noisy_ascent import step_key, uniform_like
+from crsam_jax.ascents.ascent import Ascent
+from crsam_jax.ascents.noisy import step_key, uniform_like
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number, check_seed
+from crsam_jax.step.types import GradientFn
 
 
 class SparseState(NamedTuple):
@@ -75,7 +76,7 @@ def sparse_ascent(mask: Any) -> Ascent:
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        return _masked(_tree.unit(grads), mask), state
+        return _masked(trees.unit(grads), mask), state
 
     return Ascent(lambda params: (), apply)
 
@@ -128,11 +129,11 @@ def dynamic_sparse_ascent(
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        direction = _masked(_tree.unit(grads), state.mask)
+        direction = _masked(trees.unit(grads), state.mask)
         steps = state.steps + 1
         share = drop * (1 + jnp.cos(jnp.pi * jnp.minimum(steps / total_steps, 1))) / 2
         mask = jax.lax.cond(
-            (steps % update_every == 0) & _tree.all_finite(grads),
+            (steps % update_every == 0) & trees.all_finite(grads),
             lambda: _exchanged(state.mask, grads, uniform_like(step_key(seed, steps), grads), share),
             lambda: state.mask,
         )
