@@ -109,7 +109,8 @@ def test_the_base_optimizer_is_pytorchs(method):
 
 def test_subset_noise_and_validation_split():
     recipe = dataclasses.replace(
-        recipes.get("digits-convnet"), validation_fraction=0.2, evaluate_on="validation", examples_per_class=50, label_noise=0.3
+        recipes.get("digits-convnet"), validation_fraction=0.2, evaluate_on="validation", examples_per_class=50,
+        label_noise=0.3,
     )  # fmt: skip
     data, clean = load(recipe), load(dataclasses.replace(recipe, label_noise=0.0))
     assert np.bincount(clean.train.labels).tolist() == [50] * 10
