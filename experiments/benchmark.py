@@ -22,7 +22,7 @@ import crsam_jax
 from experiments import configs, models
 from experiments.models.convnet import ConvNet
 
-_EVALUATIONS = ("sequential", "ordered", "vmap")
+_STRATEGIES: tuple[Literal["sequential", "ordered", "vmap"], ...] = ("sequential", "ordered", "vmap")
 
 
 class Program(NamedTuple):
@@ -84,10 +84,13 @@ def _programs(config: configs.Benchmark) -> list[Program]:
     ]
     members = {
         "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
-        **{f"crsam, {how}": (crsam_jax.crsam(loss_fn, evaluation=how, has_aux=True), 3) for how in _EVALUATIONS},
+        **{
+            f"crsam, {how}": (crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution(how), has_aux=True), 3)
+            for how in _STRATEGIES
+        },
     }
     if config.conditional:
-        member = crsam_jax.crsam(loss_fn, evaluation="sequential", has_aux=True)
+        member = crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution("sequential"), has_aux=True)
         members["crsam in lax.cond"] = (crsam_jax.periodic(member, k=1), 3)
     for name, (tx, floor) in track(members.items(), description="compiling"):
         state = tx.init(params)

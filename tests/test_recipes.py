@@ -142,7 +142,7 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("setting", ["evaluation", "penalty"])
+@pytest.mark.parametrize("setting", ["strategy", "penalty"])
 def test_the_settings_of_crsam_reach_it(setting):
     recipe = dataclasses.replace(
         recipes.get("digits-convnet"), method="crsam", crsam=recipes.CrSam(**{setting: "unheard"})

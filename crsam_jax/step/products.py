@@ -54,7 +54,7 @@ class Products(NamedTuple):
     def largest(self, vector: Vector) -> jax.Array:
         """No element of the vector, nor of what is added up on the way to it, is larger than this."""
         lengths = [trees.safe_sqrt(row[i]) for i, row in enumerate(self.gram)]
-        sizes: list[Scalar] = [abs(weight) for weight in vector.weights]
+        sizes = [jnp.abs(jnp.asarray(weight)) for weight in vector.weights]
         return jnp.ldexp(_total(sizes, lengths), -self.exponent)
 
     def _dot(self, a: Vector, b: Vector) -> jax.Array:
