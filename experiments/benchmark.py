@@ -7,7 +7,7 @@ run in turn, so that a busy machine slows all of them alike; compare medians wit
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp

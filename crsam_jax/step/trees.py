@@ -79,7 +79,7 @@ def sums(terms: Callable[..., Sequence[jax.Array]], *trees: Params) -> list[jax.
     rows = [[jnp.asarray(leaf, dtype) for leaf in row] for row in zip(*map(jax.tree.leaves, trees), strict=True)]
     small = [row for row in rows if row[0].size <= _SMALL] or [[jnp.zeros(0, dtype)] * len(trees)]
     large = [row for row in rows if row[0].size > _SMALL]
-    parts = [_folded(terms(*row)) for row in large]
+    parts = [[_folded(term) for term in terms(*row)] for row in large]
     parts.append(list(terms(*(_joined(column) for column in zip(*small, strict=True)))))
     # Without the barrier XLA takes the sum of what is joined apart again, into a kernel a leaf and term.
     joined = jax.lax.optimization_barrier([_joined(column) for column in zip(*parts, strict=True)])
@@ -155,16 +155,10 @@ def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
     return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)
 
 
-def _folded(terms: Sequence[jax.Array]) -> list[jax.Array]:
-    """Each summed up but for the last axis: what is left of all leaves is summed up together."""
-    shape = terms[0].shape
-    axes = tuple(range(len(shape) - (shape[-1] <= _SMALL)))
-    zeros = [jnp.zeros((), term.dtype) for term in terms]
-
-    def add(totals: list[jax.Array], more: list[jax.Array]) -> list[jax.Array]:
-        return [total + one for total, one in zip(totals, more, strict=True)]
-
-    return jax.lax.reduce(list(terms), zeros, add, axes)  # all of them in one kernel
+def _folded(term: jax.Array) -> jax.Array:
+    """Summed up but for the last axis: what is left of all leaves is summed up together."""
+    axes = tuple(range(term.ndim - (term.shape[-1] <= _SMALL)))
+    return jnp.sum(term, axis=axes)
 
 
 def _joined(leaves: Sequence[jax.Array]) -> jax.Array:
