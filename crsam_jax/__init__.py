@@ -24,6 +24,7 @@ from crsam_jax.policies.late import LateState, late
 from crsam_jax.policies.look import LookState, look
 from crsam_jax.policies.periodic import PeriodicState, periodic
 from crsam_jax.policies.policy import is_full_step
+from crsam_jax.step.convolutions import canonical_convolutions
 from crsam_jax.step.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
 from crsam_jax.step.execution import Execution
 from crsam_jax.step.rule import Outcome, Rule, Step
@@ -55,6 +56,7 @@ __all__ = [
     "adaptive_policy",
     "asam",
     "at_multiples",
+    "canonical_convolutions",
     "crsam",
     "crsam_gradient",
     "decoupled_wsam",

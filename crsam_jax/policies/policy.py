@@ -5,11 +5,10 @@ between, the gradient passes through (or is corrected by what an earlier step fo
 member's own state and diagnostics keep the values of its latest full step.
 
 The choice is a ``lax.cond`` inside the jitted step, so the work skipped is really skipped; under ``vmap`` a
-conditional becomes a selection and both branches run. On CPU, XLA takes convolutions inside a conditional off its
-fast path, and a full step can take twenty times as long (``python -m experiments benchmark --conditional`` in the
-repository measures it). There, choose on the host between two jitted steps: pass ``full_step=True`` or ``False``, a
-Python bool that is static under jit, to ``update``; :func:`is_full_step` computes it from the optimizer's state and
-the gradient. A schedule of ρ inside a policy counts full steps only.
+conditional becomes a selection and both branches run. On CPU the branch is brought into the form in which XLA's
+convolutions are fast (:func:`crsam_jax.canonical_convolutions`). Who wants two programs instead of a conditional passes
+``full_step=True`` or ``False``, a Python bool that is static under jit, to ``update``; :func:`is_full_step` computes it
+from the optimizer's state and the gradient. A schedule of ρ inside a policy counts full steps only.
 
 Around a member with ``sync_perturbation=False`` the gradient that passes through is that of one part of the batch:
 average the policy's result over the axis, which leaves full steps as they are. ``adaptive_policy`` does not go with
@@ -23,6 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crsam_jax.step.convolutions import canonical_convolutions
 from crsam_jax.step.types import Params
 
 
@@ -118,4 +118,4 @@ def _choose(due: bool | jax.Array, full: Callable[[], Any], otherwise: Callable[
     """Runs one of two branches: at once for a bool, inside the compiled program for a traced one."""
     if isinstance(due, bool):
         return full() if due else otherwise()
-    return jax.lax.cond(due, full, otherwise)
+    return jax.lax.cond(due, canonical_convolutions(full), otherwise)
