@@ -76,15 +76,21 @@ def find(name: str, devices: int | None = None) -> Target:
     jax.config.update("jax_platforms", "cpu")
     if name == "h100":
         _need("jax_cuda12_plugin", name)
-        devices = devices or 1
-        topology = topologies.get_topology_desc(name, platform="cuda", target_config=_H100, topology=f"1x1x{devices}")
-        return Target(name, _mesh(topology.devices), _TUNED_BY_RUNNING, _H100_BYTES)
+        return Target(name, _mesh(_h100s(devices or 1)), _TUNED_BY_RUNNING, _H100_BYTES)
     if ":" not in name:
         raise ValueError(f"There is no target {name!r}: it is h100, or a topology of TPUs such as v5e:2x2.")
     found = _tpus(name)
     if devices is not None and devices > len(found):
         raise ValueError(f"--devices {devices}, but {name} has {len(found)}: name a larger topology.")
     return Target(name, _mesh(found[:devices]), {}, None)
+
+
+def _h100s(count: int) -> list[jax.Device]:
+    shape = f"1x1x{count}"
+    try:
+        return list(topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology=shape).devices)
+    except NotImplementedError as error:
+        raise ImportError("jax did not load the compiler for GPUs; set JAX_PLATFORMS=cpu before it starts.") from error
 
 
 def _tpus(name: str) -> list[jax.Device]:
