@@ -48,7 +48,7 @@ def test_the_benchmark_here_writes_what_it_prints(tmp_path, capsys):
     with out.open() as file:
         rows = {row["program"]: row for row in csv.DictReader(file)}
     assert set(rows) == {f"{k} × value_and_grad" for k in (1, 2, 3)} | {
-        "optax.contrib.sam", "sam", *(f"crsam, {how}" for how in methods.EVALUATIONS)
+        "optax.contrib.sam", "sam", *(f"crsam, {how}" for how in methods.STRATEGIES)
     }  # fmt: skip
     assert [rows[name]["points"] for name in ("3 × value_and_grad", "sam", "crsam, ordered")] == ["3", "2", "3"]
     for row in rows.values():

@@ -1,8 +1,12 @@
 """What a step costs: time on the device at hand, or kernels and cycles as the compiler of another device plans them."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 
-from experiments import configs
+from experiments import configs, tables
+from experiments.benchmark import here, there
 
 
 def benchmark(config: configs.Benchmark) -> None:
@@ -12,10 +16,14 @@ def benchmark(config: configs.Benchmark) -> None:
       ImportError: if the compiler for ``config.target`` is not installed.
       ValueError: if there is no such network or target, or not as many devices.
     """
-    from experiments.benchmark import here, report, there
-
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
+    rows: Sequence[Any]
     if config.target is None:
-        report.write(here.timings(config), here.table, config.out)
+        rows = here.timings(config)
+        print(here.table(rows))
     else:
-        report.write(there.costs(config), there.table, config.out)
+        rows = there.costs(config)
+        print(there.table(rows))
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        tables.write(config.out, rows)

@@ -16,8 +16,8 @@ from rich.progress import track
 import crsam_jax
 from experiments.benchmark.methods import Method, make_step, methods
 from experiments.benchmark.problem import LossFn, batch, initial, make_loss
-from experiments.benchmark.report import markdown
 from experiments.configs import Benchmark
+from experiments.tables import markdown
 
 
 class Timing(NamedTuple):
@@ -111,7 +111,7 @@ def table(rows: Sequence[Timing]) -> str:
     ]
     first = rows[0]
     return (
-        f"{first.model}, batch {first.batch_size}, {first.dtype}, on {first.device}\n\n{markdown(titles, cells)}\n\n"
+        f"{first.model}, batch {first.batch_size}, {first.dtype}, on {first.device}\n\n{markdown(titles, cells)}\n"
         f"evals: median over that of {_gradients(1)}; ÷ floor: over as many evaluations as points"
     )
 
@@ -144,7 +144,7 @@ def _programs(config: Benchmark) -> list[_Program]:
 
 def _conditional(loss_fn: LossFn) -> Method:
     """CR-SAM as the policies choose it inside a jitted step."""
-    member = crsam_jax.crsam(loss_fn, evaluation="sequential", has_aux=True)
+    member = crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution("sequential"), has_aux=True)
     return Method("crsam in lax.cond", crsam_jax.periodic(member, k=1), 3)
 
 

@@ -1,7 +1,7 @@
-"""What is compared: optax's SAM, this library's, and CR-SAM in each evaluation, around the same base optimizer."""
+"""What is compared: optax's SAM, this library's, and CR-SAM in each strategy, around the same base optimizer."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import optax
@@ -9,7 +9,8 @@ import optax
 import crsam_jax
 from experiments.benchmark.problem import LossFn
 
-EVALUATIONS = ("auto", "sequential", "ordered", "vmap")
+Strategy = Literal["auto", "sequential", "ordered", "vmap"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Method(NamedTuple):
@@ -24,7 +25,7 @@ def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]
     """The sharpness-aware methods, each with ``base`` for its last link."""
     members = {
         "sam": (crsam_jax.sam(loss_fn, has_aux=True), 2),
-        **{f"crsam, {how}": (crsam_jax.crsam(loss_fn, evaluation=how, has_aux=True), 3) for how in EVALUATIONS},
+        **{f"crsam, {strategy}": (_crsam(loss_fn, strategy), 3) for strategy in STRATEGIES},
     }
     chains = [Method(name, optax.chain(member, base), points) for name, (member, points) in members.items()]
     return [Method("optax.contrib.sam", optax_sam(loss_fn, base), 2), *chains]
@@ -35,11 +36,15 @@ def optax_sam(loss_fn: LossFn, base: optax.GradientTransformation) -> optax.Grad
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
     sam = optax.contrib.sam(base, adversary, opaque_mode=True)
 
-    def update(updates: Any, state: Any, params: Any = None, **inputs: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, *, loss: Any, **inputs: Any) -> tuple[Any, Any]:
         gradient = lambda params, _: jax.grad(loss_fn, has_aux=True)(params, **inputs)[0]
         return sam.update(updates, state, params, grad_fn=gradient)
 
     return optax.GradientTransformationExtraArgs(sam.init, update)
+
+
+def _crsam(loss_fn: LossFn, strategy: Strategy) -> optax.GradientTransformationExtraArgs:
+    return crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution(strategy), has_aux=True)
 
 
 def make_step(
@@ -51,7 +56,7 @@ def make_step(
     def step(params: Any, model_state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
         inputs = {"model_state": model_state, **batch}
         (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, **inputs)
-        updates, opt_state = tx.update(grads, opt_state, params, **inputs)
+        updates, opt_state = tx.update(grads, opt_state, params, loss=loss, **inputs)
         return updates, model_state, opt_state, loss
 
     return step

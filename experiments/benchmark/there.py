@@ -15,8 +15,8 @@ from rich.progress import track
 
 from experiments.benchmark.methods import Method, make_step, methods
 from experiments.benchmark.problem import LossFn, batch, initial, make_loss
-from experiments.benchmark.report import markdown
 from experiments.configs import Benchmark
+from experiments.tables import markdown
 from experiments.targets.devices import Target, find
 from experiments.targets.program_text import count
 
@@ -100,7 +100,7 @@ def table(rows: Sequence[Cost]) -> str:
     ]
     title = f"{first.model}, {first.leaves} leaves, batch {first.batch_size}, {first.dtype}, {first.target}"
     title += f", {first.devices} devices" if first.devices > 1 else ""
-    return f"{title}\n\n{markdown(titles, cells)}\n\n÷ floor: over as many steps of SGD as points"
+    return f"{title}\n\n{markdown(titles, cells)}\n÷ floor: over as many steps of SGD as points"
 
 
 class _Plan(NamedTuple):
