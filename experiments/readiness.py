@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from rich.progress import track
 
-from experiments import recipes, scale
+from experiments import recipes, scale, tables
 from experiments.configs import Readiness, Run
 from experiments.data import imagenet
 from experiments.inputs import Signature
@@ -155,27 +155,27 @@ def abstract_batch(recipe: Recipe, signature: Signature) -> tuple[jax.ShapeDtype
 
 def table(rows: Sequence[Estimate], teraflops: float, target: Target | None = None) -> str:
     """The estimates as Markdown."""
-    place = jax.default_backend() if target is None else f"{target.name}, {target.mesh.size} of them"
+    place = jax.default_backend() if target is None else f"{target.name}, {target.mesh.size} device(s)"
     titles = (
-        "recipe", "method", "parameters M", "GFLOP a step", "steps", f"hours at {teraflops:g} TFLOP/s", "state MB",
-        f"temporaries MB ({place})", *(() if target is None else ("all MB", "fits")),
+        "recipe", "method", "parameters M", "GFLOP a step", "steps", "state MB", f"temporaries MB ({place})",
+        *(() if target is None else ("memory of a device MB", "fits")), f"hours at {teraflops:g} TFLOP/s",
     )  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells: tuple[str, ...] = (
-            row.recipe,
-            row.method,
-            f"{row.parameters / 1e6:.2f}",
-            f"{row.flops / 1e9:,.0f}",
-            f"{row.steps:,}",
-            f"{row.hours(teraflops):.1f}",
-            f"{row.state_bytes / 1e6:,.0f}",
-            "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
-        )
-        if target is not None and row.memory is not None:
-            cells += (f"{row.memory.used / 1e6:,.0f}", "yes" if row.memory.fits else "no")
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return tables.markdown(titles, [_cells(row, teraflops, target) for row in rows])
+
+
+def _cells(row: Estimate, teraflops: float, target: Target | None) -> list[str]:
+    cells = [
+        row.recipe,
+        row.method,
+        f"{row.parameters / 1e6:.2f}",
+        f"{row.flops / 1e9:,.0f}",
+        f"{row.steps:,}",
+        f"{row.state_bytes / 1e6:,.0f}",
+        "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
+    ]
+    if target is not None and row.memory is not None:
+        cells += [f"{row.memory.used / 1e6:,.0f}", "yes" if row.memory.fits else "no"]
+    return [*cells, f"{row.hours(teraflops):.1f}"]
 
 
 def _here() -> Target:

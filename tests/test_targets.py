@@ -134,8 +134,8 @@ def test_the_table_says_what_does_not_fit(mesh):
     fits, not_so = Memory(2_000_000, 1_000_000, True), Memory(99_000_000_000, None, False)
     rows = [readiness.Estimate("r", "sam", 1, 1.0, 1, 500_000, memory) for memory in (fits, not_so)]
     *_, first, second = readiness.table(rows, 1.0, here(mesh)).splitlines()
-    assert first.endswith("| 0 | 1 | 2 | yes |")
-    assert second.endswith("| 0 | – | 99,000 | no |")
+    assert first.endswith("| 0 | 1 | 2 | yes | 0.0 |")
+    assert second.endswith("| 0 | – | 99,000 | no | 0.0 |")
 
 
 @pytest.mark.slow
