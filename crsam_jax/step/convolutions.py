@@ -21,8 +21,8 @@ def canonical_convolutions(fn: _Function) -> _Function:
 
     Each convolution that ``fn`` traces to, in nested calls, loops and branches too, becomes three steps where the
     program is compiled for a CPU: transposes to the fast layout, the same convolution, and the transpose back. On other
-    platforms it is left as it is. What JAX differentiates inside ``fn`` is covered, so wrap ``value_and_grad(loss)``, or
-    the whole body of a loop, not the loss; outside of loops and conditionals there is nothing to gain.
+    platforms it is left as it is. What JAX differentiates inside ``fn`` is covered, so wrap ``value_and_grad(loss)``,
+    or the whole body of a loop, not the loss; outside of loops and conditionals there is nothing to gain.
 
     Args:
       fn: from pytrees of arrays to a pytree of arrays, traced anew at every call; it may close over tracers.
