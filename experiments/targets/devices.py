@@ -9,6 +9,7 @@ import os
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -118,4 +119,4 @@ def _need(module: str, name: str) -> None:
 
 
 def _mesh(devices: list[jax.Device]) -> Mesh:
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
