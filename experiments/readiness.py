@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from rich.console import Console
 from rich.progress import track
 
 from experiments import recipes, scale, tables
@@ -75,7 +76,8 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
     chosen = {name: recipes.get(name) for name in names or recipes.PAPER}
     memory: dict[str, Memory] | None = {} if config.compile else None
     rows: list[Estimate] = []
-    for name, recipe in track(chosen.items(), "compiling" if config.compile else "lowering"):
+    work = "compiling" if config.compile else "lowering"
+    for name, recipe in track(chosen.items(), work, console=Console(stderr=True)):  # the table alone goes to stdout
         rows += estimates(name, recipe, memory, target=target)
         if config.out is not None:  # as far as it is known: compiling all of them takes its time
             config.out.parent.mkdir(parents=True, exist_ok=True)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
+from rich.console import Console
 from rich.progress import track
 
 import crsam_jax
@@ -66,7 +67,7 @@ def timings(config: Benchmark) -> list[Timing]:
         raise ValueError("--devices is for a --target; times are those of one device.")
     programs = _programs(config)
     seconds: dict[str, list[float]] = {program.name: [] for program in programs}
-    for _ in track(range(config.rounds), "timing"):
+    for _ in track(range(config.rounds), "timing", console=Console(stderr=True)):
         for program in programs:
             seconds[program.name].append(program.run())
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -133,7 +134,7 @@ def _programs(config: Benchmark) -> list[_Program]:
     programs = [_Program(_gradients(calls), compiled, plain, calls, calls, seconds) for calls in (1, 2, 3)]
     base = optax.identity()
     compared = methods(loss_fn, base) + ([_conditional(loss_fn)] if config.conditional else [])
-    for name, tx, points in track(compared, "compiling"):
+    for name, tx, points in track(compared, "compiling", console=Console(stderr=True)):
         args = (params, model_state, tx.init(params), inputs)
         compiled, seconds = _compiled(make_step(loss_fn, tx), args)
         programs.append(_Program(name, compiled, args, 1, points, seconds))
