@@ -39,7 +39,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints of a run, ascending."""
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+    with closing(Checkpoints(folder)) as checkpoints:
         return checkpoints.steps
 
 
@@ -58,6 +58,6 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     mesh = scale.start(run)
     inputs = open_inputs(recipe, mesh, run)
     program = make_program(recipe, inputs.signature, mesh, inputs.select)
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+    with closing(Checkpoints(folder)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)
     return Restored(recipe, mesh, inputs, program, state)

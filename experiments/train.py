@@ -19,6 +19,7 @@ from experiments.logs import Log
 from experiments.loop import run_steps
 from experiments.program import make_program
 from experiments.recipes import Recipe
+from experiments.resume import resume
 
 
 def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
@@ -43,6 +44,7 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
       FileExistsError: if the folder holds another run, or another process is writing to it.
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
+      ValueError: if all checkpoints of the run are damaged.
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     folder = folder_of(name, recipe, run.out)
@@ -62,9 +64,8 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
         steps = inputs.signature.steps_per_epoch
         period = run.keep_every and run.keep_every * steps
         checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
-        state = program.init(recipe.seed)
-        if checkpoints.last is not None:
-            state, position = checkpoints.restore(state)
+        state, position = resume(checkpoints, program.init(recipe.seed))
+        if position is not None:
             inputs.restore(position)
         log = stack.enter_context(Log(folder, int(state.step), is_first))
         console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
