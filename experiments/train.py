@@ -1,6 +1,7 @@
 """Training a recipe: it can be stopped at any moment, and goes on where it was."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -16,7 +17,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import open_inputs
 from experiments.logs import Log
-from experiments.loop import run_steps
+from experiments.loop import Training, run_steps
 from experiments.program import make_program
 from experiments.recipes import Recipe
 from experiments.resume import resume
@@ -27,7 +28,7 @@ def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
     return out or Path("results") / name / f"{recipe.method}-{recipe.augmentation}-seed{recipe.seed}"
 
 
-def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
+def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
     """Trains one network, or goes on with it: after any interruption the same call continues.
 
     The result is that of a run without interruption, bit by bit on the same hardware.
@@ -36,6 +37,7 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
       name: of the recipe, for the folder.
       recipe: what to train.
       run: how.
+      quiet: whether to print nothing.
 
     Returns:
       The folder with config.json, metrics.csv, steps.jsonl, TensorBoard events and checkpoints.
@@ -50,11 +52,11 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
     folder = folder_of(name, recipe, run.out)
     mesh = scale.start(run)
     is_first = jax.process_index() == 0
-    console = Console(quiet=not is_first)
+    console = Console(quiet=quiet or not is_first)
     runs.check_free(recipe, folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
-        program = make_program(recipe, inputs.signature, mesh, inputs.select)
+        program = make_program(recipe, inputs.signature, mesh)
         scale.wait_for_all("checked")
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -62,14 +64,17 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
             runs.save_config(recipe, folder)
             _note_environment(folder, mesh)
         steps = inputs.signature.steps_per_epoch
-        period = run.keep_every and run.keep_every * steps
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
-        state, position = resume(checkpoints, program.init(recipe.seed))
-        if position is not None:
-            inputs.restore(position)
-        log = stack.enter_context(Log(folder, int(state.step), is_first))
+        state, checkpoints = program.init(recipe.seed), None
+        if run.keep is not None:
+            period = run.keep_every and run.keep_every * steps
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
+            state, position = resume(checkpoints, state)
+            if position is not None:
+                inputs.restore(position)
+        config = dataclasses.asdict(recipe)
+        log = stack.enter_context(Log(folder, int(state.step), run.log_steps > 0, run.wandb, config, is_first))
         console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
-        state, stop = run_steps(recipe, run, inputs, program, state, checkpoints, log, console)
+        state, stop = run_steps(Training(recipe, run, inputs, program, checkpoints, log, console), state)
     if stop:
         console.print(
             f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there."

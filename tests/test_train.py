@@ -48,7 +48,10 @@ def assert_same_run(folder, expected):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert read_steps(folder / "steps.jsonl") == read_steps(expected / "steps.jsonl")
     rows = [
-        [row._replace(images_per_second=0.0, waiting_percent=0.0) for row in read_epochs(path / "metrics.csv")]
+        [
+            row._replace(images_per_second=0.0, waiting_percent=0.0, seconds=0.0)
+            for row in read_epochs(path / "metrics.csv")
+        ]
         for path in (folder, expected)
     ]
     assert rows[0] == rows[1]
@@ -73,7 +76,7 @@ def test_a_checkpoint_evaluates_to_what_was_logged(whole):
     for step in checkpoint_steps(whole)[-2:]:
         result = evaluate_run(whole, step=step, run=run_of(whole))
         [row] = [row for row in rows if row.step == step]
-        assert result == pytest.approx((row.test_loss, row.test_accuracy), rel=1e-6)
+        assert result == pytest.approx((row.test_loss, row.test_accuracy, row.calibration_error), rel=1e-6)
 
 
 def test_killed_and_gone_on_equals_uninterrupted(whole, compiled, tmp_path):

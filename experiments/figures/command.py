@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.figures import tables
+from experiments import tables
 from experiments.figures.curvature_plots import figure_1, figure_2
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
 from experiments.figures.measures import Curvature, Ratio

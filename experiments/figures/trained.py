@@ -2,14 +2,13 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments import logs, recipes
+from experiments import logs, overrides
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Signature
@@ -20,7 +19,7 @@ from experiments.recipes import Recipe
 from experiments.scale import start
 
 # What may differ between runs that are drawn together.
-_OWN = {"method", "seed", "sam", "crsam", "learning_rate", "weight_decay"}
+_OWN = {"method", "seed", "sam", "asam", "crsam", "learning_rate", "weight_decay"}
 
 _FIRST = ("base", "sam", "crsam")
 
@@ -76,7 +75,7 @@ def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) ->
 
 
 def _open(folder: Path) -> Trained:
-    recipe = recipes.from_dict(json.loads((folder / "config.json").read_text()))
+    recipe = overrides.find(str(folder / "config.json"))
     return Trained(folder, recipe, method_of(recipe).label, logs.read_epochs(folder / "metrics.csv"))
 
 

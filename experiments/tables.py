@@ -1,0 +1,79 @@
+"""Tables as CSV files of typed rows, each on disk as soon as it exists, and as Markdown."""
+
+import csv
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+Row = TypeVar("Row")
+
+
+def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
+    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count."""
+    if not path.exists():
+        return []
+    text = path.read_text()
+    kinds = typing.get_type_hints(row_type)
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    return [row_type(**{name: _parsed(value, kinds[name]) for name, value in row.items()}) for row in rows]
+
+
+def append(path: Path, rows: Iterable[Any]) -> None:
+    """Adds NamedTuples to a file, in the place of a last line that was cut off; a new file begins with a header."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        replace(path, whole)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for number, row in enumerate(rows):
+            if not whole and not number:
+                writer.writerow(row._fields)
+            writer.writerow(row)
+
+
+def write(path: Path, rows: Sequence[Any]) -> None:
+    """Writes NamedTuples, or dictionaries whose keys may differ, whole or not at all."""
+    dicts = [row if isinstance(row, dict) else row._asdict() for row in rows]
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dicts)
+    partial.replace(path)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text)
+    partial.replace(path)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Example:
+      >>> print(markdown(["method", "evals"], [["SAM", "2"]]), end="")
+      | method | evals |
+      |---|---|
+      | SAM | 2 |
+    """
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Over runs: the mean and the sample standard deviation, which is NaN for a single one."""
+    array = np.asarray(values, np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A cell as its column's type; an empty one is None, where the column allows it."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return None if text == "" and types.NoneType in options else options[0](text)
