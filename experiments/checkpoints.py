@@ -77,13 +77,13 @@ class Checkpoints:
         """
         if step is None:
             step, damaged = self.newest_good()
-            for other, fault in damaged.items():
-                print(f"Checkpoint {other} is damaged: {fault}. {step} is read instead.", file=sys.stderr)
+            for other, what in damaged.items():
+                print(f"Checkpoint {other} is damaged: {what}. {step} is read instead.", file=sys.stderr)
         if step not in self.steps:
             raise FileNotFoundError(f"No checkpoint of step {step} in {self.folder}; there are those of {self.steps}.")
         if fault := checksums.fault(self.path(step)):
             raise ValueError(f"Checkpoint {step} in {self.folder} is damaged: {fault}.")
-        self._check_run(step)
+        check(self.run, step)
         shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _flat(like).items()}
         arrays = self._arrays.restore(self.path(step) / "arrays", shapes)
         position = json.loads((self.path(step) / "position.json").read_text())
@@ -112,9 +112,7 @@ class Checkpoints:
     @property
     def steps(self) -> list[int]:
         """Of all complete checkpoints, ascending."""
-        if not self.folder.is_dir():
-            return []
-        return sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdecimal())
+        return steps_of(self.run)
 
     @property
     def last(self) -> int | None:
@@ -167,12 +165,35 @@ class Checkpoints:
         path.rename(partial)
         shutil.rmtree(partial)
 
-    def _check_run(self, step: int) -> None:
-        """Compares the run's files with their copies: logs may have become longer."""
-        for name in COPIED:
-            file, copy = self.run / name, self.path(step) / name
-            if copy.exists() and not (file.exists() and file.read_bytes().startswith(copy.read_bytes())):
-                raise ValueError(f"{file} is damaged, or was changed: it is not what {copy} says. Copy that over it.")
+
+def steps_of(run: Path) -> list[int]:
+    """The steps of all complete checkpoints of the run in a folder, ascending."""
+    folder = run / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def altered(run: Path, step: int | None = None) -> list[Path]:
+    """Files of a run that are not what they were at a checkpoint, the last by default; logs may only have grown."""
+    step = max(steps_of(run), default=None) if step is None else step
+    pairs = [(run / name, run / "checkpoints" / str(step) / name) for name in COPIED]
+    return [file for file, copy in pairs if copy.exists() and not _starts_with(file, copy)]
+
+
+def check(run: Path, step: int | None = None) -> None:
+    """Makes sure that a run's files are what they were at a checkpoint, the last by default.
+
+    Raises:
+      ValueError: naming the first that is not, and its copy.
+    """
+    for file in altered(run, step):
+        raise ValueError(
+            f"{file} is damaged, or was changed since the last checkpoint. The same training command mends it, or copy "
+            f"{run / 'checkpoints' / str(step or steps_of(run)[-1]) / file.name} over it."
+        )
+
+
+def _starts_with(file: Path, copy: Path) -> bool:
+    return file.exists() and file.read_bytes().startswith(copy.read_bytes())
 
 
 def _flat(state: State) -> dict[str, jax.Array]:

@@ -15,6 +15,7 @@ import jax
 from rich.progress import Progress
 
 from experiments import runs
+from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
 from experiments.logs import EpochRow, read_epochs
@@ -101,7 +102,9 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
 
 
 def is_complete(job: Job) -> bool:
-    """Whether a run has reached its last epoch, or a loss that is not finite."""
+    """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to go on."""
+    if altered(job.folder):
+        return False
     rows = read_epochs(job.folder / "metrics.csv")
     return (job.folder / "failed.json").exists() or (bool(rows) and rows[-1].epoch == job.recipe.epochs)
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from experiments import overrides, scale
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, steps_of
 from experiments.configs import Run
 from experiments.inputs import Inputs, open_inputs
 from experiments.program import Program, State, make_program
@@ -38,8 +38,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints of a run, ascending."""
-    with closing(Checkpoints(folder)) as checkpoints:
-        return checkpoints.steps
+    return steps_of(folder)
 
 
 def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from experiments import scale
-from experiments.checkpoints import COPIED, Checkpoints
+from experiments.checkpoints import COPIED, Checkpoints, altered
 from experiments.program import State
 
 
@@ -32,16 +32,26 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
     if jax.process_index() == 0:
         for partial in checkpoints.folder.glob("*.partial"):
             shutil.rmtree(partial)
-        for other, fault in damaged.items():
-            aside = _set_aside(checkpoints.path(other))
-            print(
-                f"Checkpoint {other} is damaged: {fault}. It is set aside as {aside.name}; going on from step {step}: "
-                f"{other - step} steps are done again.", file=sys.stderr,
-            )  # fmt: skip
         if step is not None:
-            _put_back_files(checkpoints, step)
+            _go_back_to(step, damaged, checkpoints)
     scale.wait_for_all("resumed")
     return (like, None) if step is None else checkpoints.restore(like, step)
+
+
+def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) -> None:
+    for other, fault in damaged.items():
+        aside = _set_aside(checkpoints.path(other))
+        print(
+            f"Checkpoint {other} is damaged: {fault}. It is set aside as {aside.name}; going on from step {step}: "
+            f"{other - step} steps are done again.", file=sys.stderr,
+        )  # fmt: skip
+    for file in altered(checkpoints.run, step):
+        print(f"{file} is damaged: it becomes what it was at checkpoint {step}.", file=sys.stderr)
+    for name in COPIED:
+        copy, partial = checkpoints.path(step) / name, checkpoints.run / f"{name}.partial"
+        if copy.exists():
+            shutil.copyfile(copy, partial)
+            partial.replace(checkpoints.run / name)
 
 
 def _set_aside(folder: Path) -> Path:
@@ -51,12 +61,3 @@ def _set_aside(folder: Path) -> Path:
         number += 1
         aside = folder.with_suffix(f".damaged{number}")
     return folder.rename(aside)
-
-
-def _put_back_files(checkpoints: Checkpoints, step: int) -> None:
-    for name in COPIED:
-        copy = checkpoints.path(step) / name
-        if copy.exists():
-            partial = checkpoints.run / f"{name}.partial"
-            shutil.copyfile(copy, partial)
-            partial.replace(checkpoints.run / name)

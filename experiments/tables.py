@@ -13,13 +13,20 @@ Row = TypeVar("Row")
 
 
 def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
-    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count."""
+    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count.
+
+    Raises:
+      ValueError: if the file holds anything else.
+    """
     if not path.exists():
         return []
-    text = path.read_text()
+    text = path.read_text(errors="replace")
     kinds = typing.get_type_hints(row_type)
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
-    return [row_type(**{name: _parsed(value, kinds[name]) for name, value in row.items()}) for row in rows]
+    try:
+        return [row_type(**{name: _parsed(value, kinds[name]) for name, value in row.items()}) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
 
 
 def append(path: Path, rows: Iterable[Any]) -> None:
