@@ -73,10 +73,10 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
             feed = inputs.feed(step - 1)
             clock.count(time.perf_counter() - start)
             state = program.step(state, feed)
-            if step == first + 1:
+            is_end, is_logged = step % per_epoch == 0, bool(run.log_steps) and step % run.log_steps == 0
+            if step == first + 1 and not is_end:  # at an epoch's end there is no other time to measure
                 jax.block_until_ready(state)
                 clock.restart()  # without the compilation
-            is_end, is_logged = step % per_epoch == 0, bool(run.log_steps) and step % run.log_steps == 0
             if is_logged:
                 _check_finite(state, training)
                 log.step(step, {"loss": float(state.loss)} | diagnostics(state.opt_state))
