@@ -154,9 +154,8 @@ def test_if_all_are_damaged_nothing_is_changed(run):
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_to_the_runs_own_files_is_found_and_mended(damage, name, run, capsys):
     sound = (run / "checkpoints" / "30" / name).read_bytes()
+    log(run, 30)  # what is newer than the checkpoint is done again anyway
     DAMAGES[damage](run / name)
-    if (damage, name) == ("truncated", "metrics.csv"):  # what is lost is what the checkpoint lacks too
-        return check(run)
     assert altered(run) == [run / name]
     with pytest.raises(ValueError, match=f"{name} is damaged.*copy .*30/{name} over it"):
         check(run)
@@ -174,7 +173,7 @@ def test_reading_falls_back_too_but_changes_nothing(run, capsys):
     with contextlib.closing(Checkpoints(run)) as checkpoints:
         assert_is(checkpoints.restore(state_of(0)), 20)
         assert "Checkpoint 30 is damaged" in capsys.readouterr().err
-        with pytest.raises(ValueError, match="Checkpoint 30 in .* is damaged: arrays/"):
+        with pytest.raises(ValueError, match=r"Checkpoint 30 in .* is damaged: arrays/"):
             checkpoints.restore(state_of(0), 30)
         with pytest.raises(FileNotFoundError, match=r"step 7 in .*10, 20, 30"):
             checkpoints.restore(state_of(0), 7)
@@ -202,7 +201,7 @@ def test_a_checkpoint_that_cannot_be_written_is_an_error_and_leaves_the_others(r
     monkeypatch.setattr(checksums, "seal", full)
     checkpoints = Checkpoints(run)
     checkpoints.save(state_of(40), {})
-    with pytest.raises(OSError, match="could not be written to .*No space left"):
+    with pytest.raises(OSError, match=r"could not be written to .*No space left"):
         checkpoints.close()
     monkeypatch.undo()
     assert_is(resumed(run), 30)
