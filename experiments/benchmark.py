@@ -14,13 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from rich.console import Console
-from rich.progress import track
-from rich.table import Column, Table
 
 import crsam_jax
-from experiments import configs, models
+from experiments import configs, models, tables
 from experiments.models.convnet import ConvNet
+from experiments.progress import track
+
+_TITLES = ("program", "median ms", "quartiles", "evals", "÷ floor", "temp. MB", "compile s")
 
 _EVALUATIONS = ("sequential", "ordered", "vmap")
 
@@ -54,14 +54,15 @@ def benchmark(config: configs.Benchmark) -> None:
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
     programs = _programs(config)
     seconds: dict[str, list[float]] = {program.name: [] for program in programs}
-    for _ in track(range(config.rounds), description="timing"):
+    for _ in track(range(config.rounds), "timing", "rounds"):
         for program in programs:
             seconds[program.name].append(program.run())
     device = jax.devices()[0]
     title = (
         f"{config.model}, batch {config.batch_size}, {device.platform} ({device.device_kind}), {config.rounds} rounds"
     )
-    Console().print(_table(title, programs, seconds))
+    caption = "evals: median over that of 1 × value_and_grad; ÷ floor: over as many evaluations as points"
+    tables.show(_TITLES, _rows(programs, seconds), title, caption)
 
 
 def _programs(config: configs.Benchmark) -> list[Program]:
@@ -89,7 +90,7 @@ def _programs(config: configs.Benchmark) -> list[Program]:
     if config.conditional:
         member = crsam_jax.crsam(loss_fn, evaluation="sequential", has_aux=True)
         members["crsam in lax.cond"] = (crsam_jax.periodic(member, k=1), 3)
-    for name, (tx, floor) in track(members.items(), description="compiling"):
+    for name, (tx, floor) in track(members.items(), "compiling", "programs"):
         state = tx.init(params)
         compiled, seconds = _compiled(gradient_through(tx), params, state, kwargs)
         programs.append(Program(name, compiled, (params, state, kwargs), 1, floor, seconds))
@@ -127,19 +128,14 @@ def _problem(config: configs.Benchmark) -> tuple[Callable[..., Any], Any, dict[s
     return loss_fn, params, {"model_state": model_state, "images": images, "labels": labels}
 
 
-def _table(title: str, programs: list[Program], seconds: dict[str, list[float]]) -> Table:
-    titles = ("median ms", "quartiles", "evals", "÷ floor", "temp. MB", "compile s")
-    table = Table(
-        Column("program", no_wrap=True), *(Column(name, justify="right") for name in titles), title=title, box=None,
-        collapse_padding=True, pad_edge=False, header_style="bold",
-        caption="evals: median over that of 1 × value_and_grad; ÷ floor: over as many evaluations as points",
-    )  # fmt: skip
+def _rows(programs: list[Program], seconds: dict[str, list[float]]) -> list[list[str]]:
     median = {name: statistics.median(times) for name, times in seconds.items()}
+    rows = []
     for program in programs:
         low, _, high = statistics.quantiles(seconds[program.name], n=4)
         floor = median[f"{program.floor} × value_and_grad"]
         memory = program.compiled.memory_analysis()
-        table.add_row(
+        cells = [
             program.name,
             f"{1e3 * median[program.name]:.1f}",
             f"{1e3 * low:.1f} to {1e3 * high:.1f}",
@@ -147,5 +143,6 @@ def _table(title: str, programs: list[Program], seconds: dict[str, list[float]])
             f"{median[program.name] / floor:.2f}",
             f"{memory.temp_size_in_bytes / 1e6:.1f}",
             f"{program.compile_seconds:.1f}",
-        )
-    return table
+        ]
+        rows.append(cells)
+    return rows

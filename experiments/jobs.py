@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.progress import Progress
+from rich.console import Console
 
 from experiments import runs
 from experiments.checkpoints import altered
@@ -21,6 +21,7 @@ from experiments.inputs import signature_of
 from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
+from experiments.progress import Bar
 from experiments.recipes import Recipe
 from experiments.train import train
 
@@ -80,13 +81,13 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
     for job in jobs:
         runs.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]
-    with Progress() as progress:
-        bar = progress.add_task("", total=len(jobs), completed=len(jobs) - len(missing))
+    with Bar(console := Console(), len(jobs), len(jobs) - len(missing), "runs", "training") as bar:
 
         def show(job: Job) -> None:
-            result = read_result(job)
-            text = f"{job.arm}, seed {job.recipe.seed}: accuracy {result.test_accuracy:.1f} %"
-            progress.update(bar, advance=1, description=text)
+            texts = f"{job.arm}, seed {job.recipe.seed}", f"accuracy {read_result(job).test_accuracy:.1f} %"
+            bar.advance(*texts)
+            if not console.is_terminal:
+                bar.print(": ".join(texts))
 
         if processes == 1:
             for job in missing:

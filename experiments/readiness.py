@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.progress import track
 
-from experiments import recipes, scale
+from experiments import recipes, scale, tables
 from experiments.configs import Readiness, Run
 from experiments.data import imagenet
 from experiments.inputs import Signature
 from experiments.optimizers import method_of
 from experiments.program import Program, make_program
+from experiments.progress import track
 from experiments.recipes import Recipe, Sam
 
 METHODS = ("base", "sam", "crsam")
@@ -62,12 +62,14 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
     chosen = {name: recipes.get(name) for name in names or recipes.PAPER}
     memory: dict[str, int] | None = {} if config.compile else None
     rows: list[Estimate] = []
-    for name, recipe in track(chosen.items(), "compiling" if config.compile else "lowering"):
+    table: list[list[str]] = []
+    for name, recipe in track(chosen.items(), "compiling" if config.compile else "lowering", "recipes"):
         rows += estimates(name, recipe, memory)
+        table = [cells(row, config.teraflops) for row in rows]
         if config.out is not None:  # as far as it is known: compiling all of them takes its time
             config.out.parent.mkdir(parents=True, exist_ok=True)
-            config.out.write_text(table(rows, config.teraflops))
-    print(table(rows, config.teraflops))
+            config.out.write_text(tables.markdown(titles(config.teraflops), table))
+    tables.show(titles(config.teraflops), table, keys=2)
     return rows
 
 
@@ -136,27 +138,26 @@ def abstract_batch(recipe: Recipe, signature: Signature) -> tuple[jax.ShapeDtype
     return images, jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
 
 
-def table(rows: Sequence[Estimate], teraflops: float) -> str:
-    """The estimates as Markdown."""
-    backend = jax.default_backend()
-    titles = (
-        "recipe", "method", "parameters M", "GFLOP a step", "steps", "state MB", f"temporaries MB ({backend})",
-        f"hours at {teraflops:g} TFLOP/s",
-    )  # fmt: skip
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for row in rows:
-        cells = (
-            row.recipe,
-            row.method,
-            f"{row.parameters / 1e6:.2f}",
-            f"{row.flops / 1e9:,.0f}",
-            f"{row.steps:,}",
-            f"{row.state_bytes / 1e6:,.0f}",
-            "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
-            f"{row.hours(teraflops):.1f}",
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+def titles(teraflops: float) -> list[str]:
+    """Of the columns of the table."""
+    return [
+        "recipe", "method", "parameters M", "GFLOP a step", "steps", "state MB",
+        f"temporaries MB ({jax.default_backend()})", f"hours at {teraflops:g} TFLOP/s",
+    ]  # fmt: skip
+
+
+def cells(row: Estimate, teraflops: float) -> list[str]:
+    """An estimate's line of the table."""
+    return [
+        row.recipe,
+        row.method,
+        f"{row.parameters / 1e6:.2f}",
+        f"{row.flops / 1e9:,.0f}",
+        f"{row.steps:,}",
+        f"{row.state_bytes / 1e6:,.0f}",
+        "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
+        f"{row.hours(teraflops):.1f}",
+    ]
 
 
 def _program(recipe: Recipe, signature: Signature, method: str) -> Program:

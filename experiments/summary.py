@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from experiments import jobs, plots, tables
 from experiments.intervals import paired, seeds_needed
 from experiments.jobs import Job, Result
@@ -53,7 +50,7 @@ def write_summary(
     drawn = {label: [seed for seed in seeds if seed] for label, seeds in epochs.items() if any(seeds)}
     plots.curves(drawn, folder / "curves.png")
     plots.accuracy_over_time(drawn, folder / "time.png")
-    Console().print(_rich_table(titles, rows))
+    tables.show(titles, rows)
     print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png.")
 
 
@@ -135,14 +132,3 @@ def _cell(values: Sequence[float], digits: int) -> str:
         return "–"
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
-
-
-def _rich_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Without borders: the main job's fits into 80 columns."""
-    table = Table(
-        Column(titles[0], no_wrap=True), *(Column(title, justify="right") for title in titles[1:]),
-        box=None, collapse_padding=True, pad_edge=False, header_style="bold",
-    )  # fmt: skip
-    for row in rows:
-        table.add_row(*row)
-    return table

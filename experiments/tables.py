@@ -1,9 +1,13 @@
-"""Tables as CSV files of typed rows, each on disk as soon as it exists, and as Markdown."""
+"""Tables as CSV files of typed rows, each on disk as soon as it exists, as Markdown, and on a terminal."""
 
 import csv
+import shutil
+import sys
+import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -46,19 +50,19 @@ def append(path: Path, rows: Iterable[Any]) -> None:
 def write(path: Path, rows: Sequence[Any]) -> None:
     """Writes NamedTuples, or dictionaries whose keys may differ, whole or not at all."""
     dicts = [row if isinstance(row, dict) else row._asdict() for row in rows]
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("w", newline="") as file:
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("w", newline="") as file:
         writer = csv.DictWriter(file, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
         writer.writeheader()
         writer.writerows(dicts)
-    partial.replace(path)
+    unfinished.replace(path)
 
 
 def replace(path: Path, text: str) -> None:
     """Writes a file, whole or not at all."""
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text)
+    unfinished.replace(path)
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -72,6 +76,47 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """
     lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
+
+
+def show(
+    titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "", keys: int = 1
+) -> None:
+    """Prints a table; on a terminal that is too narrow for it in several parts.
+
+    Args:
+      titles: of the columns.
+      rows: their cells.
+      title: printed above it.
+      caption: printed below it.
+      keys: how many of the first columns each part begins with.
+
+    Example:
+      >>> show(["method", "evals", "time"], [["SAM", "2", "1.9"], ["CR-SAM", "3", "2.7"]])
+      method  evals  time
+      SAM         2   1.9
+      CR-SAM      3   2.7
+    """
+    columns = list(zip(titles, *rows, strict=True))
+    width = shutil.get_terminal_size((sys.maxsize, 0)).columns  # as wide as need be where there is no terminal
+    fill = partial(textwrap.fill, width=min(width, 120), break_on_hyphens=False)
+    texts = [_aligned(column, index < keys) for index, column in enumerate(columns)]
+    blocks = ["\n".join(map("  ".join, zip(*part, strict=True))) for part in _parts(texts, keys, width)]
+    print("\n".join(filter(None, [fill(title), "\n\n".join(blocks), fill(caption)])))
+
+
+def _aligned(column: Sequence[str], is_key: bool) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) if is_key else cell.rjust(width) for cell in column]
+
+
+def _parts(columns: Sequence[list[str]], keys: int, width: int) -> list[list[list[str]]]:
+    """The columns divided into parts that fit, all with the keys."""
+    parts = [list(columns[:keys])]
+    for column in columns[keys:]:
+        if len(parts[-1]) > keys and sum(len(cells[0]) + 2 for cells in parts[-1]) + len(column[0]) > width:
+            parts.append(list(columns[:keys]))
+        parts[-1].append(column)
+    return parts
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:

@@ -73,12 +73,15 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
                 inputs.restore(position)
         config = dataclasses.asdict(recipe)
         log = stack.enter_context(Log(folder, int(state.step), run.log_steps > 0, run.wandb, config, is_first))
-        console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
+        first, total = int(state.step), recipe.epochs * steps
+        what = f"from step {first} to {total}" if first < total else f"complete, {total} steps"
+        console.print(f"{name}, {recipe.method}: {what}, in {folder}", soft_wrap=True, highlight=False)
         state, stop = run_steps(Training(recipe, run, inputs, program, checkpoints, log, console), state)
     if stop:
-        console.print(
-            f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there."
+        saved = (
+            f"saved step {int(state.step)}. The same command goes on from there." if run.keep else "nothing is saved."
         )
+        console.print(f"{signal.Signals(stop).name}: {saved}", soft_wrap=True, highlight=False)
         sys.exit(128 + stop)
     return folder
 
