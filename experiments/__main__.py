@@ -85,7 +85,8 @@ def list_recipes() -> None:
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
         rows.append([name, *(f"{number:g}" for number in (*numbers, r.crsam.rho, r.crsam.alpha, r.crsam.beta))])
-    tables.show(titles, rows, caption="rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's")
+    caption = "rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's"
+    tables.show(f"{tables.markdown(titles, rows)}\n{caption}")
 
 
 def readiness(

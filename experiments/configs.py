@@ -90,16 +90,28 @@ class Tune:
 
 @dataclasses.dataclass(frozen=True)
 class Benchmark:
-    """Time and memory of one step. Run it with `python -m experiments benchmark`."""
+    """The cost of one step. Run it with `python -m experiments benchmark`."""
 
     model: str = "convnet"
-    """convnet, or a network of experiments.models for images of 32×32 pixels, such as resnet18 or vit_ti4."""
-    width: int = 32
-    """Channels of the ConvNet's first convolution."""
+    """convnet, or a network of experiments.models, such as resnet18 or vit_ti4."""
+    width: int | None = None
+    """Channels of the first convolution, or features of a token; the network's own by default, 32 of the ConvNet."""
     batch_size: int = 64
+    """Of all devices together."""
+    image_size: int = 32
+    """Side of the images in pixels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the network computes; parameters and losses are float32."""
     rounds: int = 20
+    """How often each program is timed."""
     conditional: bool = False
     """Also time CR-SAM inside a conditional, as the policies choose inside a jitted step: slow on CPU."""
+    target: str | None = None
+    """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
+    devices: int = 1
+    """Of the target, over which the batch is divided."""
+    out: Path | None = None
+    """Write the table to this CSV file too."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,6 +121,10 @@ class Readiness:
     teraflops: float = 100.0
     """Sustained throughput of the device or of all devices together, 10¹² FLOP/s; a third of the peak is usual."""
     compile: bool = False
-    """Compile each step for this machine's backend, for its memory; minutes each on a CPU."""
+    """Compile each step, for its memory: minutes each on a CPU. For the backend at hand, or for ``target``."""
+    target: str | None = None
+    """Compile for another device, and say if its memory is enough: h100, or a topology of TPUs such as v5e:4x4."""
+    devices: int | None = None
+    """Of the target, over which the batch is divided; all of a topology by default, one h100."""
     out: Path | None = None
     """Write the table to this file too."""

@@ -50,7 +50,8 @@ def _two_sided(label: str, stage: Callable[[LossFn, Recipe], Any], evaluations: 
 def _crsam(loss_fn: LossFn, recipe: Recipe, **changes: Any) -> optax.GradientTransformationExtraArgs:
     c = recipe.crsam
     settings = {
-        "penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio, "evaluation": c.evaluation
+        "penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio,
+        "execution": cj.Execution(c.strategy),
     } | changes  # fmt: skip
     return cj.crsam(loss_fn, c.rho, c.alpha, c.beta, has_aux=True, **settings)
 

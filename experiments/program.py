@@ -141,7 +141,9 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         inputs = {"model_state": state.model_state, "images": images, "labels": labels}
         grad_fn = jax.value_and_grad(network.loss_fn, has_aux=True)
         (loss, (model_state, correct)), grads = grad_fn(state.params, **inputs)
-        updates, opt_state = optimizer_of(state.numbers).update(grads, state.opt_state, state.params, **inputs)
+        updates, opt_state = optimizer_of(state.numbers).update(
+            grads, state.opt_state, state.params, loss=loss, **inputs
+        )
         params = optax.apply_updates(state.params, updates)
         is_first = state.step % signature.steps_per_epoch == 0
         return state._replace(

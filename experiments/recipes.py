@@ -53,8 +53,8 @@ class CrSam:
     """δ in log(δ + S) and log(δ + D); 0 is the paper's eq. 7."""
     max_penalty_ratio: float | None = None
     """Bound κ on ‖penalty's gradient‖/‖g⁺‖."""
-    evaluation: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
-    """How the probes are evaluated; for speed and memory alone. auto: vmap on GPU and TPU, sequential on CPU."""
+    strategy: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
+    """In which order the points are evaluated, for speed and memory alone; see ``crsam_jax.Execution``."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -45,12 +45,13 @@ def write_summary(
     tables.write(folder / "runs.csv", [row for rows in results.values() for row in rows])
     tables.write(folder / "summary.csv", summaries)
     titles, rows = _main_table(results, summaries)
-    tables.replace(folder / "table.md", tables.markdown(titles, rows) + _difference_table(summaries, against, detect))
+    table = tables.markdown(titles, rows)
+    tables.replace(folder / "table.md", table + _difference_table(summaries, against, detect))
     epochs = {labels[arm]: [jobs.read_rows(job) for job in complete if job.arm == arm] for arm in results}
     drawn = {label: [seed for seed in seeds if seed] for label, seeds in epochs.items() if any(seeds)}
     plots.curves(drawn, folder / "curves.png")
     plots.accuracy_over_time(drawn, folder / "time.png")
-    tables.show(titles, rows)
+    tables.show(table)
     print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png.")
 
 

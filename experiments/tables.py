@@ -1,13 +1,14 @@
 """Tables as CSV files of typed rows, each on disk as soon as it exists, as Markdown, and on a terminal."""
 
 import csv
+import functools
+import itertools
 import shutil
 import sys
 import textwrap
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -78,30 +79,40 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
 
 
-def show(
-    titles: Sequence[str], rows: Iterable[Sequence[str]], title: str = "", caption: str = "", keys: int = 1
-) -> None:
-    """Prints a table; on a terminal that is too narrow for it in several parts.
+def show(text: str, keys: int = 1) -> None:
+    """Prints Markdown; on a terminal its tables are aligned, in several parts where they do not fit side by side.
 
     Args:
-      titles: of the columns.
-      rows: their cells.
-      title: printed above it.
-      caption: printed below it.
-      keys: how many of the first columns each part begins with.
+      text: paragraphs and tables.
+      keys: how many of a table's first columns each of its parts begins with.
+    """
+    if not sys.stdout.isatty():
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    width = shutil.get_terminal_size().columns
+    for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        lines = list(group)
+        print(*(fitted(lines, width, keys) if is_table else [textwrap.fill(line, width) for line in lines]), sep="\n")
+
+
+def fitted(lines: Sequence[str], width: int, keys: int = 1) -> list[str]:
+    r"""A table in Markdown as aligned lines of at most a width, as far as the keys and one more column allow it.
 
     Example:
-      >>> show(["method", "evals", "time"], [["SAM", "2", "1.9"], ["CR-SAM", "3", "2.7"]])
-      method  evals  time
-      SAM         2   1.9
-      CR-SAM      3   2.7
+      >>> table = markdown(["method", "evals", "time"], [["SAM", "2", "1.9"], ["CR-SAM", "3", "2.7"]])
+      >>> print(*fitted(table.splitlines(), width=14), sep="\n")
+      method  evals
+      SAM         2
+      CR-SAM      3
+      <BLANKLINE>
+      method  time
+      SAM      1.9
+      CR-SAM   2.7
     """
-    columns = list(zip(titles, *rows, strict=True))
-    width = shutil.get_terminal_size((sys.maxsize, 0)).columns  # as wide as need be where there is no terminal
-    fill = partial(textwrap.fill, width=min(width, 120), break_on_hyphens=False)
-    texts = [_aligned(column, index < keys) for index, column in enumerate(columns)]
-    blocks = ["\n".join(map("  ".join, zip(*part, strict=True))) for part in _parts(texts, keys, width)]
-    print("\n".join(filter(None, [fill(title), "\n\n".join(blocks), fill(caption)])))
+    rows = [line[2:-2].split(" | ") for line in lines if not line.startswith("|---")]
+    columns = [_aligned(column, index < keys) for index, column in enumerate(zip(*rows, strict=True))]
+    blocks = [["  ".join(cells).rstrip() for cells in zip(*part, strict=True)] for part in _parts(columns, keys, width)]
+    return functools.reduce(lambda above, below: [*above, "", *below], blocks)
 
 
 def _aligned(column: Sequence[str], is_key: bool) -> list[str]:

@@ -73,21 +73,19 @@ def test_track_passes_all_items_on():
 
 
 @pytest.mark.parametrize("width", [40, 60, 80])
-def test_a_wide_table_is_printed_in_parts_that_fit(width, monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", str(width))
+def test_a_wide_table_is_in_parts_that_fit(width):
     titles = ["name", "key", *(f"column {i}" for i in range(9))]
     rows = [[f"row{i}", str(i), *(f"{i}.{j} ± 0.1" for j in range(9))] for i in range(3)]
-    tables.show(titles, rows, "A title of some words", "And a caption " * 9, keys=2)
-    lines = capsys.readouterr().out.splitlines()
+    lines = tables.fitted(tables.markdown(titles, rows).splitlines(), width, keys=2)
     assert all(len(line) <= width for line in lines)
     assert sum(line.startswith("row1  1") for line in lines) == sum(line.startswith("name  key") for line in lines) > 1
     assert all(f"{i}.{j} ± 0.1" in " ".join(lines) for i in range(3) for j in range(9))
 
 
-def test_a_table_that_fits_is_one(monkeypatch, capsys):
-    monkeypatch.setenv("COLUMNS", "20")
-    tables.show(["a", "b"], [["x", "1"]])
-    assert capsys.readouterr().out == "a  b\nx  1\n"
+def test_without_a_terminal_a_table_is_markdown(capsys):
+    text = tables.markdown(["a", "b"], [["x", "1"]]) + "\nA caption"
+    tables.show(text)
+    assert capsys.readouterr().out == text + "\n"
 
 
 def test_runs_are_lines_where_there_is_no_terminal(tmp_path, monkeypatch, capsys):

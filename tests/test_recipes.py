@@ -142,7 +142,7 @@ def test_one_writer_at_a_time(tmp_path):
         pass
 
 
-@pytest.mark.parametrize("setting", ["evaluation", "penalty"])
+@pytest.mark.parametrize("setting", ["strategy", "penalty"])
 def test_the_settings_of_crsam_reach_it(setting):
     recipe = dataclasses.replace(
         recipes.get("digits-convnet"), method="crsam", crsam=recipes.CrSam(**{setting: "unheard"})
@@ -178,7 +178,7 @@ def test_readiness_counts_parameters_and_memory():
     assert base.parameters == parameters
     assert base.state_bytes >= 2 * 4 * parameters  # with momentum
     assert base.temporary_bytes > 50 * 64 * 16 * 4  # at least one activation of the first layer
-    assert list(memory.values()) == [base.temporary_bytes]
+    assert list(memory.values()) == [base.memory]
     [same] = readiness.estimates("rate", dataclasses.replace(recipe, learning_rate=1.0), memory, methods=["base"])
     assert len(memory) == 1  # not compiled again
     [small] = readiness.estimates("batch", dataclasses.replace(recipe, batch_size=10), memory, methods=["base"])

@@ -4,13 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from experiments import tables
 from experiments.figures.measures import Curvature
 from experiments.figures.trained import Trained
 from experiments.tables import mean_and_deviation
 
 _FIELDS = ("gradient_norm", "trace", "normalized_trace", "top_eigenvalue")
-_COLUMNS = ("method", "‖∇L‖", "Tr ∇²L", "C(w)", "λ₁", "accuracy, %")
 _TITLES = {
     "test": "Test set, as in the paper; accuracy on all test images of the runs, the rest on {} of them",
     "train": "Training set, {} images",
@@ -49,25 +47,34 @@ def cells(curvature: Sequence[Curvature], trained: Sequence[Trained], method: st
     return [Cell(*mean_and_deviation(numbers)) for numbers in (*values, accuracies)]
 
 
-def table_3(curvature: Sequence[Curvature], trained: Sequence[Trained], labels: Mapping[str, str], out: Path) -> None:
-    """Prints table 3 and writes table3.md: mean ± sample standard deviation over seeds, on both sets.
+def table_3(curvature: Sequence[Curvature], trained: Sequence[Trained], labels: Mapping[str, str], out: Path) -> str:
+    """Writes table3.md: mean ± sample standard deviation over seeds, on both sets.
 
     Args:
       curvature: rows of all runs.
       trained: the runs.
       labels: of the methods, in the order of the rows.
       out: folder of the table.
+
+    Returns:
+      The table as Markdown.
     """
     parts = []
     for split, title in _TITLES.items():
         rows = [row for row in curvature if row.split == split]
         seeds, epoch = len({row.seed for row in rows}), max(row.epoch for row in rows)
-        heading = f"{title.format(rows[0].examples)}, after epoch {epoch}: {_spread(seeds)}."
-        lines = [[label, *map(str, cells(curvature, trained, method, split))] for method, label in labels.items()]
-        parts.append(f"{heading}\n\n{tables.markdown(_COLUMNS, lines)}")
-        tables.show(_COLUMNS, lines, title=heading)
-        print()
-    (out / "table3.md").write_text("\n".join(parts))
+        lines = [
+            f"{title.format(rows[0].examples)}, after epoch {epoch}: {_spread(seeds)}.",
+            "",
+            "| method | ‖∇L‖ | Tr ∇²L | C(w) | λ₁ | accuracy, % |",
+            "|---|---|---|---|---|---|",
+        ]
+        for method, label in labels.items():
+            lines.append(f"| {label} | " + " | ".join(map(str, cells(curvature, trained, method, split))) + " |")
+        parts.append("\n".join(lines) + "\n")
+    text = "\n".join(parts)
+    (out / "table3.md").write_text(text)
+    return text
 
 
 def _spread(seeds: int) -> str:
