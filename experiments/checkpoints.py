@@ -7,6 +7,7 @@ files as they were at that step. It is sealed by checksums before it gets its na
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,8 @@ import orbax.checkpoint as ocp
 from experiments import checksums
 from experiments.program import State
 
-COPIED = ("config.json", "metrics.csv", "steps.jsonl")
-"""Files of a run that go with each of its checkpoints."""
+CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
+"""Files of a run of which each of its checkpoints has a copy."""
 
 
 class Checkpoints:
@@ -60,7 +61,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             partial.mkdir(parents=True)
         self._arrays.save(partial / "arrays", _flat(state))
-        files = {name: (self.run / name).read_bytes() for name in COPIED if (self.run / name).exists()}
+        files = {name: (self.run / name).read_bytes() for name in (CONFIG, *LOGS) if (self.run / name).exists()}
         files["position.json"] = json.dumps(position).encode()
         self._pending = self._background.submit(self._complete, step, files)
 
@@ -173,10 +174,30 @@ def steps_of(run: Path) -> list[int]:
 
 
 def altered(run: Path, step: int | None = None) -> list[Path]:
-    """Files of a run that are not what they were at a checkpoint, the last by default; logs may only have grown."""
+    """Files of a run that are not what they were at a checkpoint, the last by default.
+
+    Logs may have grown since, and the run may have been given more epochs.
+    """
     step = max(steps_of(run), default=None) if step is None else step
-    pairs = [(run / name, run / "checkpoints" / str(step) / name) for name in COPIED]
-    return [file for file, copy in pairs if copy.exists() and not _starts_with(file, copy)]
+    copies = run / "checkpoints" / str(step)
+    found = [run / CONFIG] if not _same(run / CONFIG, copies / CONFIG, _settings) else []
+    return found + [run / name for name in LOGS if not _same(run / name, copies / name, Path.read_bytes)]
+
+
+def _same(file: Path, copy: Path, read: Callable[[Path], Any]) -> bool:
+    """Whether a file is what a copy says, if there is one; bytes may have been added to it."""
+    if not copy.exists():
+        return True
+    found, expected = read(file) if file.exists() else None, read(copy)
+    return found.startswith(expected) if isinstance(found, bytes) else found == expected
+
+
+def _settings(config: Path) -> dict[str, Any] | None:
+    """All that does not change in the course of a run; None for a damaged file."""
+    try:
+        return dict(json.loads(config.read_bytes()), epochs=None)
+    except (TypeError, ValueError):
+        return None
 
 
 def check(run: Path, step: int | None = None) -> None:
@@ -190,10 +211,6 @@ def check(run: Path, step: int | None = None) -> None:
             f"{file} is damaged, or was changed since the last checkpoint. The same training command mends it, or copy "
             f"{run / 'checkpoints' / str(step or steps_of(run)[-1]) / file.name} over it."
         )
-
-
-def _starts_with(file: Path, copy: Path) -> bool:
-    return file.exists() and file.read_bytes().startswith(copy.read_bytes())
 
 
 def _flat(state: State) -> dict[str, jax.Array]:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 
 from experiments import scale
-from experiments.checkpoints import COPIED, Checkpoints, altered
+from experiments.checkpoints import LOGS, Checkpoints, altered
 from experiments.program import State
 
 
@@ -46,8 +46,9 @@ def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) ->
             f"{other - step} steps are done again.", file=sys.stderr,
         )  # fmt: skip
     for file in altered(checkpoints.run, step):
-        print(f"{file} is damaged: it becomes what it was at checkpoint {step}.", file=sys.stderr)
-    for name in COPIED:
+        if file.name in LOGS:
+            print(f"{file} is damaged: it becomes what it was at checkpoint {step}.", file=sys.stderr)
+    for name in LOGS:
         copy, partial = checkpoints.path(step) / name, checkpoints.run / f"{name}.partial"
         if copy.exists():
             shutil.copyfile(copy, partial)
