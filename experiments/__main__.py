@@ -24,7 +24,7 @@ Compare = Annotated[configs.Compare, tyro.conf.arg(name="")]
 Tune = Annotated[configs.Tune, tyro.conf.arg(name="")]
 
 _MANY = configs.Run(checkpoint_seconds=60.0, log_steps=0)  # what fits runs of a minute
-_TRIALS = dataclasses.replace(_MANY, keep=0)
+_TRIALS = dataclasses.replace(_MANY, keep=None)
 
 
 def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa: B008
@@ -78,21 +78,15 @@ def evaluate(
 
 def list_recipes() -> None:
     """List the recipes."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from experiments import tables
 
-    titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
-    table = Table(
-        Column("name", no_wrap=True),
-        *titles,
-        box=None,
-        caption="rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's",
-    )
+    titles = ("name", "epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
+    rows = []
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
-        penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
-        table.add_row(name, *(f"{number:g}" for number in numbers + penalty))
-    Console().print(table)
+        rows.append([name, *(f"{number:g}" for number in (*numbers, r.crsam.rho, r.crsam.alpha, r.crsam.beta))])
+    caption = "rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's"
+    tables.show(f"{tables.markdown(titles, rows)}\n{caption}")
 
 
 def readiness(

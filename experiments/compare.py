@@ -63,7 +63,7 @@ def _with_equal_cost(
     A pilot of three epochs of each arm measures its cost; with the folder it is kept, and so are the numbers of epochs.
     """
     short = dataclasses.replace(
-        run, keep=0, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0
+        run, keep=None, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0
     )
     pilots = [
         Job(

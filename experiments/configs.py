@@ -25,8 +25,8 @@ class Run:
     """Folder of the data sets that TFDS prepared."""
     workers: int = 8
     """Processes that decode ImageNet; 0 decodes in the training process. Their number does not change the batches."""
-    keep: int = 3
-    """Newest checkpoints to keep; 0 writes none."""
+    keep: int | None = 3
+    """Newest checkpoints to keep; None writes none, so that a run that is cut off begins anew."""
     keep_every: int | None = None
     """Keep every k-th epoch's checkpoint too, for measurements over training."""
     checkpoint_steps: int | None = None

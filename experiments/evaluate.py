@@ -8,12 +8,12 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 from experiments.configs import Run
 from experiments.data import imagenet
 from experiments.inputs import Batch, streamed_batches
 from experiments.loop import Evaluation, evaluate
+from experiments.progress import track
 from experiments.restore import Restored, restore
 
 On = Literal["test", "imagenet-c", "imagenet-r"]
@@ -43,7 +43,9 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
         case "test":
             result = _evaluated(restored, restored.inputs.evaluation())
         case "imagenet-c":
-            result = _mean([_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C")])
+            result = _mean(
+                [_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C", "corruptions")]
+            )
         case "imagenet-r":
             result = _renditions(restored, run)
     print(

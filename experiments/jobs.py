@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-from rich.progress import Progress
+from rich.console import Console
 
 from experiments import runs
+from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
 from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
+from experiments.progress import Bar
 from experiments.recipes import Recipe
 from experiments.train import train
 
@@ -79,13 +81,13 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
     for job in jobs:
         runs.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]
-    with Progress() as progress:
-        bar = progress.add_task("", total=len(jobs), completed=len(jobs) - len(missing))
+    with Bar(console := Console(), len(jobs), len(jobs) - len(missing), "runs", "training") as bar:
 
         def show(job: Job) -> None:
-            result = read_result(job)
-            text = f"{job.arm}, seed {job.recipe.seed}: accuracy {result.test_accuracy:.1f} %"
-            progress.update(bar, advance=1, description=text)
+            texts = f"{job.arm}, seed {job.recipe.seed}", f"accuracy {read_result(job).test_accuracy:.1f} %"
+            bar.advance(*texts)
+            if not console.is_terminal:
+                bar.print(": ".join(texts))
 
         if processes == 1:
             for job in missing:
@@ -101,7 +103,9 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
 
 
 def is_complete(job: Job) -> bool:
-    """Whether a run has reached its last epoch, or a loss that is not finite."""
+    """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to go on."""
+    if altered(job.folder):
+        return False
     rows = read_epochs(job.folder / "metrics.csv")
     return (job.folder / "failed.json").exists() or (bool(rows) and rows[-1].epoch == job.recipe.epochs)
 

@@ -72,14 +72,13 @@ class Log:
         self._epochs, self._wandb = folder / "metrics.csv", None
         if not is_writer:
             return
-        rows = [row for row in read_epochs(self._epochs) if row.step <= step]
-        tables.replace(self._epochs, "")
-        tables.append(self._epochs, rows)
+        rows = [row for row in read_epochs(self._epochs) if row.step <= step] if step else []
+        tables.write(self._epochs, rows) if rows else tables.replace(self._epochs, "")
         if self._has_steps:
             from tensorboardX import SummaryWriter
 
             steps = folder / "steps.jsonl"
-            lines = [line for line in read_steps(steps) if line["step"] <= step]
+            lines = [line for line in read_steps(steps) if line["step"] <= step] if step else []
             tables.replace(steps, "".join(json.dumps(line) + "\n" for line in lines))
             self._steps = self._stack.enter_context(steps.open("a"))
             self._events = self._stack.enter_context(SummaryWriter(str(folder), purge_step=step + 1))

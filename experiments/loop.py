@@ -73,20 +73,22 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
             feed = inputs.feed(step - 1)
             clock.count(time.perf_counter() - start)
             state = program.step(state, feed)
-            if step == first + 1:
-                jax.block_until_ready(state)
-                clock.restart()  # without the compilation
             is_end, is_logged = step % per_epoch == 0, bool(run.log_steps) and step % run.log_steps == 0
+            if step == first + 1:
+                bar.update(step, *_texts(state, recipe, per_epoch, clock))
+                if not is_end:  # where there is other time to measure
+                    clock.restart()  # without the compilation
             if is_logged:
                 _check_finite(state, training)
                 log.step(step, {"loss": float(state.loss)} | diagnostics(state.opt_state))
-                bar.update(step, _text(state, recipe, per_epoch, clock))
+                bar.update(step, *_texts(state, recipe, per_epoch, clock))
             if is_end:
                 _check_finite(state, training)
+                bar.update(step, *_texts(state, recipe, per_epoch, clock))
                 if step == total or (step // per_epoch) % run.evaluate_every == 0:
                     row = _epoch_row(training, state, clock)
                     log.epoch(row)
-                    bar.print(row)
+                    bar.print(_line(row))
             stop = scale.agreed(signals, is_due=is_end or is_logged)
             if stop or step == total or _is_save_due(run, step, per_epoch, saved):
                 _save(training, state)
@@ -172,13 +174,24 @@ def _measured(training: Training, params: Any, model_state: Any, examples: Batch
     return result
 
 
-def _text(state: State, recipe: Recipe, per_epoch: int, clock: Clock) -> str:
-    step = int(state.step)
+def _texts(state: State, recipe: Recipe, per_epoch: int, clock: Clock) -> tuple[str, ...]:
+    """What stands beside the bar, the most important first; waits for the step."""
+    step, loss_sum = int(state.step), float(state.loss_sum)
     done = (step - 1) % per_epoch + 1
     return (
-        f"epoch {(step - 1) // per_epoch + 1}/{recipe.epochs}  loss {float(state.loss_sum) / done:.3f}  "
-        f"accuracy {100 * float(state.correct) / (done * recipe.batch_size):.1f} %  "
-        f"{recipe.batch_size * clock.steps_per_second:.0f} images/s"
+        f"epoch {(step - 1) // per_epoch + 1}/{recipe.epochs}",
+        f"loss {loss_sum / done:.3f}",
+        f"accuracy {100 * float(state.correct) / (done * recipe.batch_size):.1f} %",
+        f"{recipe.batch_size * clock.steps_per_second:.0f} images/s",
+    )
+
+
+def _line(row: EpochRow) -> str:
+    """What remains of an epoch."""
+    return (
+        f"epoch {row.epoch}: training loss {row.train_loss:.4f}, accuracy {row.train_accuracy:.2f} %; "
+        f"test loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2f} %; {row.images_per_second:.0f} images/s, "
+        f"{row.waiting_percent:.1f} % of it waiting for data"
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import recipes
+from experiments import recipes, runs
 from experiments.names import unknown
 from experiments.recipes import Recipe
 
@@ -72,11 +72,12 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run."""
-    try:
-        return flat(json.loads(path.read_text()))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
+    """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run.
+
+    Raises:
+      ValueError: if it is no such file.
+    """
+    return flat(runs.read_json(path))
 
 
 def find(name: str) -> Recipe:

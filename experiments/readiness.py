@@ -12,8 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from rich.console import Console
-from rich.progress import track
 
 from experiments import recipes, scale, tables
 from experiments.configs import Readiness, Run
@@ -21,6 +19,7 @@ from experiments.data import imagenet
 from experiments.inputs import Signature
 from experiments.optimizers import method_of
 from experiments.program import Program, make_program
+from experiments.progress import track
 from experiments.recipes import Recipe, Sam
 from experiments.targets.devices import Target, find
 from experiments.targets.memory import Memory, memory_of
@@ -76,13 +75,12 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
     chosen = {name: recipes.get(name) for name in names or recipes.PAPER}
     memory: dict[str, Memory] | None = {} if config.compile else None
     rows: list[Estimate] = []
-    work = "compiling" if config.compile else "lowering"
-    for name, recipe in track(chosen.items(), work, console=Console(stderr=True)):  # the table alone goes to stdout
+    for name, recipe in track(chosen.items(), "compiling" if config.compile else "lowering", "recipes"):
         rows += estimates(name, recipe, memory, target=target)
         if config.out is not None:  # as far as it is known: compiling all of them takes its time
             config.out.parent.mkdir(parents=True, exist_ok=True)
             config.out.write_text(table(rows, config.teraflops, target))
-    print(table(rows, config.teraflops, target))
+    tables.show(table(rows, config.teraflops, target), keys=2)
     return rows
 
 

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from experiments import overrides, scale
-from experiments.checkpoints import Checkpoints
+from experiments.checkpoints import Checkpoints, steps_of
 from experiments.configs import Run
 from experiments.inputs import Inputs, open_inputs
 from experiments.program import Program, State, make_program
@@ -38,8 +38,7 @@ def read_recipe(folder: Path) -> Recipe:
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints of a run, ascending."""
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
-        return checkpoints.steps
+    return steps_of(folder)
 
 
 def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008
@@ -57,6 +56,6 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     mesh = scale.start(run)
     inputs = open_inputs(recipe, mesh, run)
     program = make_program(recipe, inputs.signature, mesh)
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+    with closing(Checkpoints(folder)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)
     return Restored(recipe, mesh, inputs, program, state)

@@ -27,10 +27,11 @@ def check_free(config: Any, folder: Path) -> None:
 
     Raises:
       FileExistsError: if it holds anything else, with the settings that differ.
+      ValueError: if its configuration is damaged.
     """
     path = folder / "config.json"
     if path.exists():
-        saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+        saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(config)))
         names = saved.keys() | wanted.keys()
         changes = [f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in names if saved.get(k) != wanted.get(k)]
         if changes:
@@ -38,7 +39,30 @@ def check_free(config: Any, folder: Path) -> None:
                 f"{folder} holds another run ({'; '.join(sorted(changes))}). Name another folder with --out."
             )
     elif folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "config.json.partial"}:
-        raise FileExistsError(f"{folder} holds something that is not a run; name another folder with --out.")
+        hint = _mended_by_copy(path) or "Name another folder with --out."
+        raise FileExistsError(f"{folder} holds something that is not a run: there is no config.json. {hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`save_json` wrote.
+
+    Raises:
+      ValueError: if the file is damaged, with the copy that a checkpoint has.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        error = f"it holds {type(content).__name__}"
+    except (json.JSONDecodeError, UnicodeDecodeError) as failure:
+        error = str(failure)
+    raise ValueError(f"{path} is damaged, or not JSON: {error}. {_mended_by_copy(path)}".rstrip())
+
+
+def _mended_by_copy(path: Path) -> str:
+    """What to do about a file of a run of which the last checkpoint has a copy."""
+    copies = [copy for copy in path.parent.glob(f"checkpoints/*/{path.name}") if copy.parent.name.isdecimal()]
+    return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""
 
 
 @contextlib.contextmanager

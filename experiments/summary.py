@@ -5,9 +5,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-from rich.table import Column, Table
-
 from experiments import jobs, plots, tables
 from experiments.intervals import paired, seeds_needed
 from experiments.jobs import Job, Result
@@ -48,12 +45,13 @@ def write_summary(
     tables.write(folder / "runs.csv", [row for rows in results.values() for row in rows])
     tables.write(folder / "summary.csv", summaries)
     titles, rows = _main_table(results, summaries)
-    tables.replace(folder / "table.md", tables.markdown(titles, rows) + _difference_table(summaries, against, detect))
+    table = tables.markdown(titles, rows)
+    tables.replace(folder / "table.md", table + _difference_table(summaries, against, detect))
     epochs = {labels[arm]: [jobs.read_rows(job) for job in complete if job.arm == arm] for arm in results}
     drawn = {label: [seed for seed in seeds if seed] for label, seeds in epochs.items() if any(seeds)}
     plots.curves(drawn, folder / "curves.png")
     plots.accuracy_over_time(drawn, folder / "time.png")
-    Console().print(_rich_table(titles, rows))
+    tables.show(table)
     print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png.")
 
 
@@ -135,14 +133,3 @@ def _cell(values: Sequence[float], digits: int) -> str:
         return "–"
     mean, deviation = mean_and_deviation(values)
     return f"{mean:.{digits}f}" + (f" ± {deviation:.{digits}f}" if len(values) > 1 else "")
-
-
-def _rich_table(titles: Sequence[str], rows: Sequence[Sequence[str]]) -> Table:
-    """Without borders: the main job's fits into 80 columns."""
-    table = Table(
-        Column(titles[0], no_wrap=True), *(Column(title, justify="right") for title in titles[1:]),
-        box=None, collapse_padding=True, pad_edge=False, header_style="bold",
-    )  # fmt: skip
-    for row in rows:
-        table.add_row(*row)
-    return table

@@ -20,6 +20,7 @@ from experiments.logs import Log
 from experiments.loop import Training, run_steps
 from experiments.program import make_program
 from experiments.recipes import Recipe
+from experiments.resume import resume
 
 
 def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
@@ -45,6 +46,7 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
       FileExistsError: if the folder holds another run, or another process is writing to it.
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
+      ValueError: if all checkpoints of the run are damaged.
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     folder = folder_of(name, recipe, run.out)
@@ -63,20 +65,23 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
             _note_environment(folder, mesh)
         steps = inputs.signature.steps_per_epoch
         state, checkpoints = program.init(recipe.seed), None
-        if run.keep:
+        if run.keep is not None:
             period = run.keep_every and run.keep_every * steps
             checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
-            if checkpoints.last is not None:
-                state, position = checkpoints.restore(state)
+            state, position = resume(checkpoints, state)
+            if position is not None:
                 inputs.restore(position)
         config = dataclasses.asdict(recipe)
         log = stack.enter_context(Log(folder, int(state.step), run.log_steps > 0, run.wandb, config, is_first))
-        console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
+        first, total = int(state.step), recipe.epochs * steps
+        what = f"from step {first} to {total}" if first < total else f"complete, {total} steps"
+        console.print(f"{name}, {recipe.method}: {what}, in {folder}", soft_wrap=True, highlight=False)
         state, stop = run_steps(Training(recipe, run, inputs, program, checkpoints, log, console), state)
     if stop:
-        console.print(
-            f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there."
+        saved = (
+            f"saved step {int(state.step)}. The same command goes on from there." if run.keep else "nothing is saved."
         )
+        console.print(f"{signal.Signals(stop).name}: {saved}", soft_wrap=True, highlight=False)
         sys.exit(128 + stop)
     return folder
 

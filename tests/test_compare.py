@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 TINY = dataclasses.replace(
     recipes.get("digits"), epochs=2, batch_size=32, examples_per_class=7, model_options={"width": 4}
 )  # fmt: skip
-QUICK = Run(keep=0, log_steps=0, probe_examples=20, devices=1)
+QUICK = Run(keep=None, log_steps=0, probe_examples=20, devices=1)
 TWO = Compare(methods=("base", "sam"), seeds=2)
 
 

@@ -124,6 +124,13 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(kind, whole, tmp_path, mon
     assert_same_run(tmp_path, whole)
 
 
+def test_an_epoch_may_be_a_single_step(tmp_path):
+    recipe = dataclasses.replace(RECIPE, method="base", batch_size=1000, epochs=2)
+    rows = read_epochs(train(NAME, recipe, run_of(tmp_path)) / "metrics.csv")
+    assert [row.step for row in rows] == [1, 2]
+    assert all(row.seconds > 0 and row.images_per_second > 0 for row in rows)
+
+
 def test_a_complete_run_is_left_as_it_is(whole):
     before = (whole / "metrics.csv").read_text()
     assert train(NAME, RECIPE, run_of(whole)) == whole

@@ -20,10 +20,10 @@ def benchmark(config: configs.Benchmark) -> None:
     rows: Sequence[Any]
     if config.target is None:
         rows = here.timings(config)
-        print(here.table(rows))
+        tables.show(here.table(rows))
     else:
         rows = there.costs(config)
-        print(there.table(rows))
+        tables.show(there.table(rows))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         tables.write(config.out, rows)

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import optax
-from rich.console import Console
-from rich.progress import track
 
 import crsam_jax
 from experiments.benchmark.methods import Method, make_step, methods
 from experiments.benchmark.problem import LossFn, batch, initial, make_loss
 from experiments.configs import Benchmark
+from experiments.progress import track
 from experiments.tables import markdown
 
 
@@ -67,7 +66,7 @@ def timings(config: Benchmark) -> list[Timing]:
         raise ValueError("--devices is for a --target; times are those of one device.")
     programs = _programs(config)
     seconds: dict[str, list[float]] = {program.name: [] for program in programs}
-    for _ in track(range(config.rounds), "timing", console=Console(stderr=True)):
+    for _ in track(range(config.rounds), "timing", "rounds"):
         for program in programs:
             seconds[program.name].append(program.run())
     median = {name: statistics.median(times) for name, times in seconds.items()}
@@ -136,7 +135,7 @@ def _programs(config: Benchmark) -> list[_Program]:
     programs = [_Program(_gradients(calls), compiled, plain, calls, calls, seconds) for calls in (1, 2, 3)]
     base = optax.identity()
     compared = methods(loss_fn, base) + ([_conditional(loss_fn)] if config.conditional else [])
-    for name, tx, points in track(compared, "compiling", console=Console(stderr=True)):
+    for name, tx, points in track(compared, "compiling", "programs"):
         args = (params, model_state, tx.init(params), inputs)
         compiled, seconds = _compiled(make_step(loss_fn, tx), args)
         programs.append(_Program(name, compiled, args, 1, points, seconds))

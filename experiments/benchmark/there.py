@@ -11,12 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import optax
-from rich.console import Console
-from rich.progress import track
 
 from experiments.benchmark.methods import Method, make_step, methods
 from experiments.benchmark.problem import LossFn, batch, initial, make_loss
 from experiments.configs import Benchmark
+from experiments.progress import track
 from experiments.tables import markdown
 from experiments.targets.devices import Target, find
 from experiments.targets.program_text import count
@@ -55,10 +54,7 @@ def costs(config: Benchmark) -> list[Cost]:
     loss_fn = make_loss(config)
     base = optax.sgd(0.1, momentum=0.9)
     compared = [Method("SGD", optax.with_extra_args_support(base), 1), *methods(loss_fn, base)]
-    plans = [
-        _planned(config, target, loss_fn, method)
-        for method in track(compared, "compiling", console=Console(stderr=True))
-    ]
+    plans = [_planned(config, target, loss_fn, method) for method in track(compared, "compiling", "programs")]
     leaves = len(jax.tree.leaves(jax.eval_shape(lambda: initial(config))[0]))
     return [
         Cost(

@@ -51,7 +51,7 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     if what in ("all", "figure5"):
         figure_5(trained, labels, out)
     if what in ("all", "table3"):
-        print(table_3(curvature, trained, labels, out))
+        tables.show(table_3(curvature, trained, labels, out))
     if what == "html":
         interactive(points, labels, out)
     print(f"Numbers and figures are in {out}.")
