@@ -8,6 +8,8 @@
 >>> tx = optax.chain(crsam(loss_fn, rho=0.1, alpha=0.1, beta=0.01), optax.sgd(0.1))
 """
 
+import importlib.metadata
+
 from crsam_jax._crsam import crsam, crsam_gradient
 from crsam_jax.adaptive_policy import AdaptivePolicyState, adaptive_policy
 from crsam_jax.alias import asam, gradient_norm_penalty, gsam, rsam, sam, wsam
@@ -23,6 +25,11 @@ from crsam_jax.random_probes import random_probes
 from crsam_jax.running_ascent import friendly_ascent, momentum_ascent
 from crsam_jax.sparse_ascent import SparseState, dynamic_sparse_ascent, largest_fraction, sparse_ascent
 from crsam_jax.transform import SharpnessAwareState, sharpness_aware
+
+try:
+    __version__ = importlib.metadata.version("crsam_jax")
+except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "AdaptivePolicyState",

@@ -24,6 +24,7 @@ class Method(NamedTuple):
       evaluations: of the loss's gradient in a full step.
       build: from the loss, the recipe, the base optimizer and its schedule to the whole optimizer.
       tunes: what a search looks for, beside the learning rate.
+      is_policy: whether it chooses at each step if the full method is due.
     """
 
     label: str
@@ -31,19 +32,23 @@ class Method(NamedTuple):
     evaluations: int
     build: Callable[[LossFn, Recipe, optax.GradientTransformation, optax.Schedule], optax.GradientTransformation]
     tunes: tuple[str, ...]
+    is_policy: bool = False
 
 
 def _first(
-    label: str, evaluations: int, stage: Callable[[LossFn, Recipe], optax.GradientTransformation], tunes: str = ""
-) -> Method:
+    label: str, evaluations: int, stage: Callable[[LossFn, Recipe], optax.GradientTransformation],
+    tunes: str = "sam.rho", is_policy: bool = False,
+) -> Method:  # fmt: skip
     """A one-sided method that is one stage before the base optimizer."""
     build = lambda loss_fn, recipe, base, schedule: optax.chain(stage(loss_fn, recipe), base)
-    return Method(label, "sam", evaluations, build, (tunes or "sam.rho",))
+    return Method(label, "sam", evaluations, build, (tunes,), is_policy)
 
 
-def _two_sided(label: str, stage: Callable[[LossFn, Recipe], Any], evaluations: int = 3) -> Method:
+def _two_sided(
+    label: str, stage: Callable[[LossFn, Recipe], Any], evaluations: int = 3, is_policy: bool = False
+) -> Method:
     """A variant of CR-SAM."""
-    method = _first(label, evaluations, stage)
+    method = _first(label, evaluations, stage, is_policy=is_policy)
     return method._replace(family="crsam", tunes=("crsam.rho", "crsam.alpha", "crsam.beta"))
 
 
@@ -77,9 +82,9 @@ METHODS: dict[str, Method] = {
     "ssam": _first("SSAM, dynamic", 2, lambda f, r: _sam(f, r, ascent=cj.dynamic_sparse_ascent())),
     "momentum-sam": _first("Momentum-SAM's direction", 2, lambda f, r: _sam(f, r, ascent=cj.momentum_ascent())),
     "friendly-sam": _first("Friendly SAM", 2, lambda f, r: _sam(f, r, ascent=cj.friendly_ascent())),
-    "sam-every-2": _first("SAM every 2nd step", 2, lambda f, r: cj.periodic(_sam(f, r), 2)),
-    "look-sam": _first("LookSAM, k = 5", 2, lambda f, r: cj.look(_sam(f, r), 5)),
-    "ae-sam": _first("AE-SAM's policy", 2, lambda f, r: cj.adaptive_policy(_sam(f, r))),
+    "sam-every-2": _first("SAM every 2nd step", 2, lambda f, r: cj.periodic(_sam(f, r), 2), is_policy=True),
+    "look-sam": _first("LookSAM, k = 5", 2, lambda f, r: cj.look(_sam(f, r), 5), is_policy=True),
+    "ae-sam": _first("AE-SAM's policy", 2, lambda f, r: cj.adaptive_policy(_sam(f, r)), is_policy=True),
     "crsam": _two_sided("CR-SAM", _crsam),
     "crsam-linear": _two_sided("CR-SAM, linear", lambda f, r: _crsam(f, r, penalty="linear")),
     "crsam-eq7": _two_sided("CR-SAM, eq. 7, κ = 0.5", lambda f, r: _crsam(f, r, offset=0.0, max_penalty_ratio=0.5)),
@@ -88,7 +93,7 @@ METHODS: dict[str, Method] = {
     "crsam-adaptive": _two_sided(
         "CR-SAM along ASAM's direction", lambda f, r: _crsam(f, r, ascent=cj.adaptive_ascent())
     ),
-    "crsam-every-2": _two_sided("CR-SAM every 2nd step", lambda f, r: cj.periodic(_crsam(f, r), 2)),
-    "crsam-look": _two_sided("CR-SAM + LookSAM, k = 5", lambda f, r: cj.look(_crsam(f, r), 5)),
-    "crsam-ae": _two_sided("CR-SAM + AE-SAM", lambda f, r: cj.adaptive_policy(_crsam(f, r))),
+    "crsam-every-2": _two_sided("CR-SAM every 2nd step", lambda f, r: cj.periodic(_crsam(f, r), 2), is_policy=True),
+    "crsam-look": _two_sided("CR-SAM + LookSAM, k = 5", lambda f, r: cj.look(_crsam(f, r), 5), is_policy=True),
+    "crsam-ae": _two_sided("CR-SAM + AE-SAM", lambda f, r: cj.adaptive_policy(_crsam(f, r)), is_policy=True),
 }  # fmt: skip

@@ -18,7 +18,7 @@ import crsam_jax
 from experiments.augment import augment, normalize
 from experiments.inputs import Batch, Signature, select
 from experiments.network import LossFn, make_network
-from experiments.optimizers import learning_rate, optimizer
+from experiments.optimizers import learning_rate, method_of, optimizer
 from experiments.overrides import changed, flat, from_settings
 from experiments.recipes import Recipe
 
@@ -120,28 +120,28 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
     network = make_network(recipe, signature, groups=mesh.size if recipe.batch_norm == "device" else 1)
     on_device = "none" if recipe.dataset == "imagenet2012" else recipe.augmentation  # ImageNet's is the pipeline's
 
-    def optimizer_of(numbers: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
-        return optimizer(changed(recipe, numbers), network.loss_fn, signature.steps_per_epoch)
-
     @partial(jax.jit, out_shardings=everywhere)
     def init(seed: int, numbers: dict[str, jax.Array]) -> State:
         params, model_state = network.init(seed)
         rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
         average = optax.ema(0.0).init((params, model_state)) if "ema" in numbers else None
-        opt_state = optimizer_of(numbers).init(params)
+        opt_state = optimizer(changed(recipe, numbers), network.loss_fn, signature.steps_per_epoch).init(params)
         return State(none, rng, numbers, params, model_state, opt_state, average, zero, zero, none, none - 1)
 
-    @partial(jax.jit, donate_argnums=0, out_shardings=everywhere)
-    def step(state: State, feed: Any) -> State:
+    def gradient(state: State, feed: Any) -> tuple[dict[str, Any], Any, Any]:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         images, labels = select(feed, state.step, mesh)
         images = augment(on_device, key, images, signature.mean, signature.std)
         # The model's other state is that before the clean pass for all evaluations of a step.
         inputs = {"model_state": state.model_state, "images": images, "labels": labels}
-        grad_fn = jax.value_and_grad(network.loss_fn, has_aux=True)
-        (loss, (model_state, correct)), grads = grad_fn(state.params, **inputs)
-        updates, opt_state = optimizer_of(state.numbers).update(grads, state.opt_state, state.params, **inputs)
+        value, grads = jax.value_and_grad(network.loss_fn, has_aux=True)(state.params, **inputs)
+        return inputs, value, grads
+
+    def update(state: State, inputs: dict[str, Any], value: Any, grads: Any, **choice: bool) -> State:
+        loss, (model_state, correct) = value
+        tx = optimizer(changed(recipe, state.numbers), network.loss_fn, signature.steps_per_epoch)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, **inputs, **choice)
         params = optax.apply_updates(state.params, updates)
         is_first = state.step % signature.steps_per_epoch == 0
         return state._replace(
@@ -155,6 +155,13 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
             correct=jnp.where(is_first, 0, state.correct) + correct,
             bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step),
         )
+
+    def step(state: State, feed: Any) -> State:
+        return update(state, *gradient(state, feed))
+
+    jitted: Any = jax.jit(step, donate_argnums=0, out_shardings=everywhere)
+    if method_of(recipe).is_policy and mesh.devices.flat[0].platform == "cpu":
+        jitted = _with_choice_on_host(jax.jit(gradient), jax.jit(update, donate_argnums=0, static_argnames="full_step"))
 
     @partial(jax.jit, out_shardings=everywhere)
     def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:
@@ -173,12 +180,30 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         return seen.grad_norm, seen.curvature
 
     schedule = learning_rate(recipe, signature.steps_per_epoch)
-    return Program(init, step, evaluate, probe, network.loss_fn, evaluation_loss, schedule)
+    return Program(init, jitted, evaluate, probe, network.loss_fn, evaluation_loss, schedule)
+
+
+def _with_choice_on_host(gradient: Any, update: Any) -> Callable[[State, Any], State]:
+    """A step in two programs: on CPU, convolutions inside a conditional leave XLA's fast path."""
+    is_full_step, compiled = jax.jit(crsam_jax.is_full_step), dict[bool, Any]()
+
+    def step(state: State, feed: Any) -> State:
+        found = gradient(state, feed)
+        if not compiled:  # both at the first step, whose time does not count
+            compiled.update({full: update.lower(state, *found, full_step=full).compile() for full in (False, True)})
+        return compiled[bool(is_full_step(state.opt_state, found[2]))](state, *found)
+
+    return step
 
 
 def averaged(state: State) -> tuple[Any, Any]:
-    """The average of params and model state over the steps so far, weighted by powers of the decay."""
-    assert state.average is not None
+    """The average of params and model state over the steps so far, weighted by powers of the decay.
+
+    Raises:
+      ValueError: if the run has none.
+    """
+    if state.average is None:
+        raise ValueError("This run has no averaged weights: train it with --ema.")
     mean = optax.tree.bias_correction(state.average.ema, state.numbers["ema"], state.average.count)
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), mean, (state.params, state.model_state))
 
