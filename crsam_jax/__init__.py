@@ -8,39 +8,55 @@
 >>> tx = optax.chain(crsam(loss_fn, rho=0.1, alpha=0.1, beta=0.01), optax.sgd(0.1))
 """
 
-from crsam_jax._crsam import crsam, crsam_gradient
-from crsam_jax.adaptive_policy import AdaptivePolicyState, adaptive_policy
-from crsam_jax.alias import asam, gradient_norm_penalty, gsam, rsam, sam, wsam
-from crsam_jax.ascent import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
-from crsam_jax.decoupled import DecoupledWsamState, decoupled_wsam
-from crsam_jax.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
-from crsam_jax.look import LookState, look
-from crsam_jax.noisy_ascent import dropped_ascent, smoothed_ascent
-from crsam_jax.penalties import Penalty, Step, one_sided_penalty
-from crsam_jax.policies import PeriodicState, is_full_step, periodic
-from crsam_jax.probes import Evaluation
-from crsam_jax.random_probes import random_probes
-from crsam_jax.running_ascent import friendly_ascent, momentum_ascent
-from crsam_jax.sparse_ascent import SparseState, dynamic_sparse_ascent, largest_fraction, sparse_ascent
-from crsam_jax.transform import SharpnessAwareState, sharpness_aware
+from crsam_jax.ascents.adaptive import adaptive_ascent
+from crsam_jax.ascents.ascent import Ascent, gradient_ascent, masked_ascent
+from crsam_jax.ascents.noisy import dropped_ascent, smoothed_ascent
+from crsam_jax.ascents.running import friendly_ascent, momentum_ascent
+from crsam_jax.ascents.sparse import SparseState, dynamic_sparse_ascent, largest_fraction, sparse_ascent
+from crsam_jax.members.crsam import GradientFn, crsam, crsam_gradient
+from crsam_jax.members.gradient_norm import gradient_norm_penalty
+from crsam_jax.members.gsam import gsam
+from crsam_jax.members.random_probes import random_probes
+from crsam_jax.members.sam import asam, rsam, sam
+from crsam_jax.members.wsam import DecoupledWsamState, decoupled_wsam, wsam
+from crsam_jax.policies.adaptive import AdaptivePolicyState, adaptive_policy
+from crsam_jax.policies.late import LateState, late
+from crsam_jax.policies.look import LookState, look
+from crsam_jax.policies.periodic import PeriodicState, periodic
+from crsam_jax.policies.policy import is_full_step
+from crsam_jax.step.convolutions import canonical_convolutions
+from crsam_jax.step.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
+from crsam_jax.step.execution import Execution
+from crsam_jax.step.rule import Outcome, Rule, Step
+from crsam_jax.step.sides import at_multiples, one_sided, two_sided
+from crsam_jax.step.transformation import SharpnessAwareState, sharpness_aware
+from crsam_jax.step.types import Evaluation
+from crsam_jax.step.vectors import Vector
 
 __all__ = [
     "AdaptivePolicyState",
     "Ascent",
     "DecoupledWsamState",
     "Evaluation",
+    "Execution",
+    "GradientFn",
+    "LateState",
     "LookState",
     "OneSidedDiagnostics",
-    "Penalty",
+    "Outcome",
     "PeriodicState",
     "RandomProbesDiagnostics",
+    "Rule",
     "SharpnessAwareState",
     "SparseState",
     "Step",
     "TwoSidedDiagnostics",
+    "Vector",
     "adaptive_ascent",
     "adaptive_policy",
     "asam",
+    "at_multiples",
+    "canonical_convolutions",
     "crsam",
     "crsam_gradient",
     "decoupled_wsam",
@@ -52,10 +68,11 @@ __all__ = [
     "gsam",
     "is_full_step",
     "largest_fraction",
+    "late",
     "look",
     "masked_ascent",
     "momentum_ascent",
-    "one_sided_penalty",
+    "one_sided",
     "periodic",
     "random_probes",
     "rsam",
@@ -63,5 +80,6 @@ __all__ = [
     "sharpness_aware",
     "smoothed_ascent",
     "sparse_ascent",
+    "two_sided",
     "wsam",
 ]

@@ -1,50 +1,30 @@
 """The command line: ``python -m experiments --help``."""
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import jax
 import tyro
 
-from experiments import configs, recipes
+from experiments import arms, configs, recipes
 from experiments.figures.settings import Figures, What
+from experiments.overrides import find, flat, parse, read
 
-Experiment = tyro.conf.Positional[Literal["digits"]]
-Settings = Annotated[configs.Digits, tyro.conf.arg(name="")]
 BenchmarkSettings = Annotated[configs.Benchmark, tyro.conf.arg(name="")]
 Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
+Names = Annotated[tyro.conf.Positional[tuple[str, ...]], tyro.conf.arg(metavar="NAME")]
 Run = Annotated[configs.Run, tyro.conf.arg(name="")]
 RecipeFields = Annotated[recipes.Recipe, tyro.conf.arg(name="")]
+Overrides = Annotated[configs.Overrides, tyro.conf.arg(name="")]
+Compare = Annotated[configs.Compare, tyro.conf.arg(name="")]
+Tune = Annotated[configs.Tune, tyro.conf.arg(name="")]
 
-
-def compare(experiment: Experiment, config: Settings = configs.Digits(), out: Path | None = None) -> None:  # noqa: B008
-    """Train methods × seeds under the same settings; print a table, write metrics (CSV), settings, table and plot.
-
-    Args:
-        experiment: What to train on: scikit-learn's handwritten digits, which need no download; or a recipe: see
-            `compare RECIPE --help`.
-        config: The settings.
-        out: Folder for the results; a new one under results/ by default.
-    """
-    from experiments.compare import compare
-
-    compare(config, out)
-
-
-def tune(experiment: Experiment, config: Settings = configs.Digits(), out: Path | None = None) -> None:  # noqa: B008
-    """Search learning rate, radius and penalty weights on the validation split; the test split is not read.
-
-    Args:
-        experiment: What to train on.
-        config: The settings around the search.
-        out: Folder for the results; a new one under results/ by default.
-    """
-    from experiments.tune import tune
-
-    tune(config, out)
+_MANY = configs.Run(checkpoint_seconds=60.0, log_steps=0)  # what fits runs of a minute
+_TRIALS = dataclasses.replace(_MANY, keep=None)
 
 
 def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa: B008
@@ -98,21 +78,15 @@ def evaluate(
 
 def list_recipes() -> None:
     """List the recipes."""
-    from rich.console import Console
-    from rich.table import Column, Table
+    from experiments import tables
 
-    titles = ("epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
-    table = Table(
-        Column("name", no_wrap=True),
-        *titles,
-        box=None,
-        caption="rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's",
-    )
+    titles = ("name", "epochs", "batch", "rate", "decay", "ρ SAM", "ρ", "α", "β")
+    rows = []
     for name, r in recipes.RECIPES.items():
         numbers = (r.epochs, r.batch_size, r.learning_rate, r.weight_decay, r.sam.rho)
-        penalty = (r.crsam.rho, r.crsam.alpha, r.crsam.beta)
-        table.add_row(name, *(f"{number:g}" for number in numbers + penalty))
-    Console().print(table)
+        rows.append([name, *(f"{number:g}" for number in (*numbers, r.crsam.rho, r.crsam.alpha, r.crsam.beta))])
+    caption = "rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's"
+    tables.show(f"{tables.markdown(titles, rows)}\n{caption}")
 
 
 def readiness(
@@ -154,60 +128,93 @@ def contact_sheet(
 def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
-    def train(name: Name, recipe: RecipeFields = default, run: Run = configs.Run()) -> None:  # noqa: B008
+    def train(
+        name: Name,
+        recipe: RecipeFields = default,
+        overrides: Overrides = configs.Overrides(),  # noqa: B008
+        run: Run = configs.Run(),  # noqa: B008
+    ) -> None:
         """Train one network. After an interruption the same command goes on where the run was.
 
         Args:
-            name: The recipe; `list` shows all. The defaults below are its own.
-            recipe: What to train.
+            name: The recipe, or a file: `list` shows all, `tune` writes files, a run's config.json is one.
+            recipe: What to train; the defaults are the recipe's own.
+            overrides: Changes to it.
             run: How.
         """
         from experiments.train import train
 
-        train(name, recipe, run)
+        changes = _changes(recipe, overrides)
+        base = find(name)
+        method, seed = changes.get("method", base.method), changes.get("seed", base.seed)
+        train(_title(name), arms.resolve(base, method, changes, seed), run)
 
     return train
 
 
 def compare_command(default: recipes.Recipe) -> Callable[..., None]:
-    """The subcommand compare for recipes."""
+    """The subcommand compare, with a recipe's values as defaults."""
 
     def compare(
-        name: Name,
-        recipe: RecipeFields = default,
-        run: Run = configs.Run(),  # noqa: B008
-        methods: tuple[str, ...] = ("base", "sam", "crsam"),
-        seeds: int = 3,
-    ) -> None:
-        """Train methods × seeds of a recipe, or go on with it; write a table (mean ± std), CSV and a plot.
+        names: Names, recipe: RecipeFields = default, overrides: Overrides = configs.Overrides(),  # noqa: B008
+        config: Compare = configs.Compare(), run: Run = _MANY,  # noqa: B008
+    ) -> None:  # fmt: skip
+        """Train methods × seeds, or go on with it; write tables (CSV, Markdown) with paired differences, and plots.
 
         Args:
-            name: The recipe.
-            recipe: What to train, but for method and seed.
+            names: Recipes, or files; a comparison each.
+            recipe: What to train, but for method and seed; the defaults are those of the first recipe.
+            overrides: Changes to all of them.
+            config: What to compare.
             run: How.
-            methods: To compare.
-            seeds: How many of each: 0, 1, ...
         """
-        from experiments.compare_recipes import compare
+        from experiments.compare import compare
 
-        compare(name, recipe, methods, seeds, run)
+        changes = _changes(recipe, overrides, without=("method", "seed"))
+        for name in names:
+            out = run.out / _title(name) if run.out and len(names) > 1 else run.out
+            compare(_title(name), find(name), config, changes, dataclasses.replace(run, out=out))
 
     return compare
+
+
+def tune_command(default: recipes.Recipe) -> Callable[..., None]:
+    """The subcommand tune, with a recipe's values as defaults."""
+
+    def tune(
+        name: Name, recipe: RecipeFields = default, overrides: Overrides = configs.Overrides(),  # noqa: B008
+        config: Tune = configs.Tune(), run: Run = _TRIALS,  # noqa: B008
+    ) -> None:  # fmt: skip
+        """Search settings of each method on held-out training data, or go on with it; the test data is not read.
+
+        Args:
+            name: The recipe, or a file.
+            recipe: What to train, but for method and seed; the defaults are the recipe's own.
+            overrides: Changes to it.
+            config: What to search.
+            run: How.
+        """
+        from experiments.tune import tune
+
+        changes = _changes(recipe, overrides, without=("method", "seed"))
+        tune(_title(name), find(name), config, changes, run)
+
+    return tune
 
 
 def main() -> int:
     """Runs one subcommand; an error that the user can mend is one line, not a traceback."""
     try:
         name = _recipe_name(sys.argv[1:])
-        recipe = recipes.get(name or "cifar10-resnet18")
-        commands = {
+        recipe = find(name or "digits")
+        commands: dict[str, Callable[..., Any]] = {
             "train": train_command(recipe),
+            "compare": compare_command(recipe),
+            "tune": tune_command(recipe),
             "evaluate": evaluate,
-            "compare": compare_command(recipe) if name else compare,
             "list": list_recipes,
             "readiness": readiness,
             "contact-sheet": contact_sheet,
-            "tune": tune,
             "benchmark": benchmark,
             "figures": figures,
         }
@@ -222,9 +229,29 @@ def main() -> int:
 
 
 def _recipe_name(args: list[str]) -> str | None:
-    """The recipe that a command line names, whose values become the options' defaults."""
-    names_one = len(args) > 1 and args[0] in ("train", "compare") and not args[1].startswith("-")
-    return args[1] if names_one and args[1] != "digits" else None
+    """The recipe that a command line names first, whose values become the options' defaults."""
+    names_one = len(args) > 1 and args[0] in ("train", "compare", "tune") and not args[1].startswith("-")
+    return args[1] if names_one else None
+
+
+def _title(name: str) -> str:
+    """What a recipe, or a file with one, is called in folders."""
+    return Path(name).stem if name.endswith(".json") else name
+
+
+def _changes(recipe: recipes.Recipe, overrides: configs.Overrides, without: tuple[str, ...] = ()) -> dict[str, Any]:
+    """What was asked for, by dotted name: in a file, then by --set, then by options; later ones count.
+
+    Options are those on the command line, so that one counts even if its value is the recipe's: it may not be that of
+    ``per_method``.
+    """
+    given = {token.partition("=")[0].removeprefix("--").replace("-", "_") for token in sys.argv if token[:2] == "--"}
+    options = {key: value for key, value in flat(recipe).items() if key in given}
+    changes = (read(overrides.config) if overrides.config else {}) | parse(overrides.set) | options
+    for key in without:
+        if key in changes:
+            raise ValueError(f"{key} is for train; here there are --methods and --seeds.")
+    return changes
 
 
 def _keep_compiled_programs() -> None:

@@ -1,12 +1,25 @@
-"""Checkpoints of a training run: written in the background, whole or not at all, the newest few kept."""
+"""Checkpoints of a training run: written in the background, whole or not at all, and read only if they are undamaged.
 
+A checkpoint is a folder, ``checkpoints/STEP``, with the arrays, the position of the data, and copies of the run's own
+files as they were at that step. It is sealed by checksums before it gets its name.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 
+from experiments import checksums
 from experiments.program import State
+
+CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
+"""Files of a run of which each of its checkpoints has a copy."""
 
 
 class Checkpoints:
@@ -14,29 +27,46 @@ class Checkpoints:
 
     Args:
       folder: of the run.
-      keep: how many of the newest to keep; all if it is None.
+      keep: how many of the newest to keep, at least 1.
       keep_period: steps; a checkpoint at a multiple is kept for good.
+
+    Attributes:
+      folder: of the checkpoints.
+      run: the folder of the run.
+
+    Raises:
+      ValueError: if none were kept.
     """
 
-    def __init__(self, folder: Path, keep: int | None = 3, keep_period: int | None = None):
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, keep_period=keep_period, cleanup_tmp_directories=True, enable_async_checkpointing=True
-        )
+    def __init__(self, folder: Path, keep: int = 3, keep_period: int | None = None):
+        if keep < 1:
+            raise ValueError(f"keep must be at least 1, got {keep}: a run without a checkpoint cannot go on.")
         self.folder = (folder / "checkpoints").resolve()
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self.run, self._keep, self._keep_period = folder, keep, keep_period
+        self._arrays = ocp.StandardCheckpointer()
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._pending: Future[None] | None = None
 
     def save(self, state: State, position: Any) -> None:
-        """Starts to write; the state may be donated as soon as this returns."""
+        """Starts to write; the state may be donated as soon as this returns.
+
+        Raises:
+          OSError: if this checkpoint, or the one before it, cannot be written.
+        """
+        self.wait()
         step = int(state.step)
-        if step in self._manager.all_steps():
+        if step in self.steps:
             return
-        items = ocp.args.Composite(
-            state=ocp.args.StandardSave(_flat(state)), position=ocp.args.JsonSave({"position": position})
-        )
-        self._manager.save(step, args=items)
+        partial = self.folder / f"{step}.partial"
+        if jax.process_index() == 0:
+            partial.mkdir(parents=True)
+        self._arrays.save(partial / "arrays", _flat(state))
+        files = {name: (self.run / name).read_bytes() for name in (CONFIG, *LOGS) if (self.run / name).exists()}
+        files["position.json"] = json.dumps(position).encode()
+        self._pending = self._background.submit(self._complete, step, files)
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
-        """The state of a step, the last by default, and the position of the data.
+        """The state of a step, by default the last that is not damaged, and the position of the data.
 
         Args:
           like: a state of the same shapes, where the arrays shall go.
@@ -44,32 +74,143 @@ class Checkpoints:
 
         Raises:
           FileNotFoundError: if there is no such checkpoint, with those that there are.
+          ValueError: if it is damaged, or the run's files are not those that it was saved with.
         """
-        step = self.last if step is None else step
+        if step is None:
+            step, damaged = self.newest_good()
+            for other, what in damaged.items():
+                print(f"Checkpoint {other} is damaged: {what}. {step} is read instead.", file=sys.stderr)
         if step not in self.steps:
             raise FileNotFoundError(f"No checkpoint of step {step} in {self.folder}; there are those of {self.steps}.")
-        items = ocp.args.Composite(
-            state=ocp.args.StandardRestore(jax.tree.map(ocp.utils.to_shape_dtype_struct, _flat(like))),
-            position=ocp.args.JsonRestore(),
-        )
-        restored = self._manager.restore(step, args=items)
-        leaves = [restored.state[name] for name in _flat(like)]
-        return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.position["position"]
+        if fault := checksums.fault(self.path(step)):
+            raise ValueError(f"Checkpoint {step} in {self.folder} is damaged: {fault}.")
+        check(self.run, step)
+        shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _flat(like).items()}
+        arrays = self._arrays.restore(self.path(step) / "arrays", shapes)
+        position = json.loads((self.path(step) / "position.json").read_text())
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in shapes]), position
+
+    def newest_good(self) -> tuple[int | None, dict[int, str]]:
+        """The newest undamaged checkpoint, None if there are none, and what is wrong with those after it.
+
+        Raises:
+          ValueError: if all are damaged.
+        """
+        damaged: dict[int, str] = {}
+        for step in reversed(self.steps):
+            fault = checksums.fault(self.path(step))
+            if fault is None:
+                return step, damaged
+            damaged[step] = fault
+        if damaged:
+            faults = "; ".join(f"{step}: {fault}" for step, fault in damaged.items())
+            raise ValueError(
+                f"All checkpoints in {self.folder} are damaged ({faults}). Nothing was changed. Put back a good copy, "
+                "or start anew in another folder with --out."
+            )
+        return None, {}
 
     @property
     def steps(self) -> list[int]:
         """Of all complete checkpoints, ascending."""
-        return sorted(self._manager.all_steps())
+        return steps_of(self.run)
 
     @property
     def last(self) -> int | None:
-        """The newest complete checkpoint's step."""
+        """The newest complete checkpoint's step, with the one that is being written."""
+        self.wait()
         return max(self.steps, default=None)
 
+    def path(self, step: int) -> Path:
+        """The folder of a checkpoint."""
+        return self.folder / str(step)
+
+    def wait(self) -> None:
+        """Waits until all is on disk.
+
+        Raises:
+          OSError: if it cannot be written.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            try:
+                pending.result()
+            except Exception as error:  # the libraries below raise many kinds
+                reason = str(error).partition("\n")[0]
+                raise OSError(f"A checkpoint could not be written to {self.folder}: {reason}") from error
+
     def close(self) -> None:
-        """Waits until all is on disk."""
-        self._manager.wait_until_finished()
-        self._manager.close()
+        """Waits until all is on disk, and ends the background's threads."""
+        try:
+            self.wait()
+        finally:
+            self._background.shutdown()
+            self._arrays.close()
+
+    def _complete(self, step: int, files: dict[str, bytes]) -> None:
+        self._arrays.wait_until_finished()
+        if jax.process_index() > 0:
+            return
+        partial = self.folder / f"{step}.partial"
+        for name, content in files.items():
+            (partial / name).write_bytes(content)
+        checksums.seal(partial)
+        partial.rename(self.path(step))
+        for old in self.steps[: -self._keep]:
+            if not self._keep_period or old % self._keep_period:
+                self._remove(self.path(old))
+
+    def _remove(self, path: Path) -> None:
+        """Under another name first: what is deleted by half must not look like a checkpoint."""
+        partial = path.with_suffix(".partial")
+        path.rename(partial)
+        shutil.rmtree(partial)
+
+
+def steps_of(run: Path) -> list[int]:
+    """The steps of all complete checkpoints of the run in a folder, ascending."""
+    folder = run / "checkpoints"
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+
+
+def altered(run: Path, step: int | None = None) -> list[Path]:
+    """Files of a run that are not what they were at a checkpoint, the last by default.
+
+    Logs may have grown since, and the run may have been given more epochs.
+    """
+    step = max(steps_of(run), default=None) if step is None else step
+    copies = run / "checkpoints" / str(step)
+    found = [run / CONFIG] if not _same(run / CONFIG, copies / CONFIG, _settings) else []
+    return found + [run / name for name in LOGS if not _same(run / name, copies / name, Path.read_bytes)]
+
+
+def _same(file: Path, copy: Path, read: Callable[[Path], Any]) -> bool:
+    """Whether a file is what a copy says, if there is one; bytes may have been added to it."""
+    if not copy.exists():
+        return True
+    found, expected = read(file) if file.exists() else None, read(copy)
+    return found.startswith(expected) if isinstance(found, bytes) else found == expected
+
+
+def _settings(config: Path) -> dict[str, Any] | None:
+    """All that does not change in the course of a run; None for a damaged file."""
+    try:
+        return dict(json.loads(config.read_bytes()), epochs=None)
+    except (TypeError, ValueError):
+        return None
+
+
+def check(run: Path, step: int | None = None) -> None:
+    """Makes sure that a run's files are what they were at a checkpoint, the last by default.
+
+    Raises:
+      ValueError: naming the first that is not, and its copy.
+    """
+    for file in altered(run, step):
+        raise ValueError(
+            f"{file} is damaged, or was changed since the last checkpoint. The same training command mends it, or copy "
+            f"{run / 'checkpoints' / str(step or steps_of(run)[-1]) / file.name} over it."
+        )
 
 
 def _flat(state: State) -> dict[str, jax.Array]:

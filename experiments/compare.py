@@ -1,144 +1,82 @@
-"""Methods × seeds under the same settings: metrics on disk as they come, then a table and a plot."""
+"""Arms × seeds of a recipe: a folder a run, with equal epochs, equal evaluations or equal time."""
 
 import dataclasses
-import difflib
-import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column, Table
-
-from experiments import configs, plots, runs
+from experiments import arms, jobs, runs
+from experiments.configs import Compare, Run
+from experiments.jobs import Job
 from experiments.methods import METHODS
-from experiments.training import EpochRecord, epochs_of, make_program, make_task, train
+from experiments.overrides import Changes
+from experiments.recipes import Recipe
+from experiments.summary import write_summary
 
-# Column title, field of EpochRecord, decimals.
-_COLUMNS = (
-    ("accuracy %", "test_accuracy", 1),
-    ("test loss", "test_loss", 2),
-    ("‖∇L‖", "grad_norm", 2),
-    ("vᵀHv", "curvature", 1),
-)
+_PILOT_EPOCHS = 3  # the first compiles and warms up
 
 
-def compare(config: configs.Digits, out: Path | None = None) -> Path:
-    """Trains every method with every seed, and returns the folder with metrics.csv, table.md and curves.png.
+def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: Run) -> Path:
+    """Trains every arm with the seeds 0, 1, ..., and returns the folder with all runs, tables and plots.
 
-    Ctrl-C ends the runs; what was measured until then is in metrics.csv, and the table and the plot are made of
-    the runs that were completed.
+    Runs that are complete are read, others go on where they were. An interruption leaves tables of what is complete.
 
     Args:
-      config: the settings.
-      out: the folder for the results; ``None`` is a new one under results/.
+      name: of the recipe, for the folder.
+      recipe: what to train, with its settings of single methods.
+      config: arms, seeds, budget.
+      changes: settings that hold for all arms.
+      run: how.
+
+    Raises:
+      FileExistsError: if a folder holds another run.
+      ValueError: for an unknown method or setting.
     """
-    config = dataclasses.replace(config, methods=_resolved(config.methods))
-    console = Console()
-    folder = runs.new_folder("digits", out)
-    runs.save_config(config, folder)
-    console.print(f"Writing to {folder}")
-    records: list[EpochRecord] = []
+    names = tuple(METHODS) if config.methods == ("all",) else tuple(dict.fromkeys(config.methods))
+    against = config.against or names[0]
+    if against not in names:
+        raise ValueError(f"--against {against} is none of the arms: {', '.join(names)}.")
+    folder = run.out or Path("results") / name / "compare"
+    recipes = {arm: arms.resolve(recipe, arm, changes, seed=0) for arm in names}
+    if config.budget != "epochs":
+        recipes = _with_equal_cost(name, recipes, config, folder, run)
+    todo = [
+        Job(arm, dataclasses.replace(one, seed=seed), folder / arms.folder_name(arm, seed))
+        for seed in range(config.seeds)  # seed by seed, so that an interruption leaves comparable runs
+        for arm, one in recipes.items()
+    ]
     try:
-        _train_all(config, folder, console, records)
-    except KeyboardInterrupt:
-        console.print(f"[yellow]Interrupted: metrics so far are in {folder / 'metrics.csv'}.")
-    complete = _complete(config, records)
-    if complete:
-        labels = {name: METHODS[name].label for name in config.methods}
-        table = summary(config, complete)
-        (folder / "table.md").write_text(table)
-        plots.curves(complete, labels, folder / "curves.png")
-        console.print(_rich_table(table))
-        console.print(f"Metrics, table and curves: {folder}/metrics.csv, table.md, curves.png")
+        jobs.carry_out(name, todo, run, config.processes)
+    finally:
+        complete = [job for job in todo if jobs.is_complete(job)]
+        if complete:
+            runs.save_json({arm: dataclasses.asdict(one) for arm, one in recipes.items()}, folder / "recipes.json")
+            labels = {arm: arms.label(recipe, arm) for arm in names}
+            write_summary(folder, labels, complete, against, config.detect)
     return folder
 
 
-def summary(config: configs.Digits, records: Sequence[EpochRecord]) -> str:
-    """The table as Markdown: each method's last epoch, mean ± sample standard deviation over its seeds.
+def _with_equal_cost(
+    name: str, recipes: Mapping[str, Recipe], config: Compare, folder: Path, run: Run
+) -> dict[str, Recipe]:
+    """The recipes with as many epochs as the most expensive one's evaluations, or seconds, are worth.
 
-    Accuracy and loss are those on the test split, ‖∇L‖ and vᵀHv those on the training set. Evaluations of the gradient
-    ("evals") are per step; so is time, each method's median over all its epochs but the first of a run, over SGD's.
+    A pilot of three epochs of each arm measures its cost; with the folder it is kept, and so are the numbers of epochs.
     """
-    titles = ["method", *(title for title, _, _ in _COLUMNS), "evals", "time", "seeds"]
-    lines = ["| " + " | ".join(titles) + " |", "|---" * len(titles) + "|"]
-    for method in config.methods:
-        last = [r for r in records if r.method == method and r.epoch == epochs_of(config, method)]
-        if last:
-            cells = [_mean_std([getattr(r, field) for r in last], digits) for _, field, digits in _COLUMNS]
-            evaluations = f"{statistics.fmean(r.evaluations_per_step for r in last):.2g}"
-            time = _relative_time(method, records)
-            cells = [METHODS[method].label, *cells, evaluations, time, str(len(last))]
-            lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _resolved(names: Sequence[str]) -> tuple[str, ...]:
-    """The names of the methods, each checked; "all" stands for every one.
-
-    Raises:
-      ValueError: for an unknown name, with the close ones and the list.
-    """
-    if tuple(names) == ("all",):
-        return tuple(METHODS)
-    for name in names:
-        if name not in METHODS:
-            close = difflib.get_close_matches(name, METHODS)
-            hint = f" Did you mean {' or '.join(close)}?" if close else ""
-            raise ValueError(f"unknown method {name!r}.{hint} The methods are {', '.join(METHODS)}, or all.")
-    return tuple(dict.fromkeys(names))
-
-
-def _train_all(config: configs.Digits, folder: Path, console: Console, records: list[EpochRecord]) -> None:
-    """Trains seed by seed, all methods in turn, so that an interruption leaves comparable runs."""
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("epochs"),
-        TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
-    )  # fmt: skip
-    total = config.seeds * sum(epochs_of(config, method) for method in config.methods)
-    programs = {method: make_program(config, method) for method in config.methods}
-    writer = runs.CsvWriter(folder / "metrics.csv", EpochRecord)
-    with writer, Progress(*columns, console=console) as progress:
-        bar = progress.add_task("", total=total)
-        for seed in range(config.seeds):
-            task = make_task(config, seed)
-            for method in config.methods:
-                for record in train(config, method, seed, task, programs[method]):
-                    writer.write(record)
-                    records.append(record)
-                    text = f"{METHODS[method].label}, seed {seed}: test accuracy {record.test_accuracy:.1f} %"
-                    progress.update(bar, advance=1, description=text)
-
-
-def _complete(config: configs.Digits, records: Sequence[EpochRecord]) -> list[EpochRecord]:
-    """The records of the runs that reached their last epoch."""
-    done = {(r.method, r.seed) for r in records if r.epoch == epochs_of(config, r.method)}
-    return [r for r in records if (r.method, r.seed) in done]
-
-
-def _relative_time(method: str, records: Sequence[EpochRecord]) -> str:
-    def median(name: str) -> float | None:
-        times = [r.seconds_per_step for r in records if r.method == name and r.epoch > 1]
-        return statistics.median(times) if times else None
-
-    base, own = median("sgd"), median(method)
-    return "–" if base is None or own is None else f"{own / base:.2f}"
-
-
-def _mean_std(values: Sequence[float], digits: int) -> str:
-    mean = statistics.fmean(values)
-    if len(values) == 1:
-        return f"{mean:.{digits}f}"
-    return f"{mean:.{digits}f} ± {statistics.stdev(values):.{digits}f}"
-
-
-def _rich_table(markdown: str) -> Table:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in markdown.strip().splitlines()]
-    method, *others = rows[0]
-    table = Table(  # without borders: the main job's fits into 80 columns
-        Column(method, no_wrap=True), *(Column(title, justify="right") for title in others),
-        box=None, collapse_padding=True, pad_edge=False, header_style="bold",
-    )  # fmt: skip
-    for row in rows[2:]:
-        table.add_row(*row)
-    return table
+    short = dataclasses.replace(
+        run, keep=None, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0
+    )
+    pilots = [
+        Job(
+            arm,
+            dataclasses.replace(one, epochs=_PILOT_EPOCHS, warmup_epochs=0.0),
+            folder / "pilot" / arms.folder_name(arm, 0),
+        )
+        for arm, one in recipes.items()
+    ]
+    jobs.carry_out(name, pilots, short, config.processes)
+    rows = {job.arm: jobs.read_rows(job)[-1] for job in pilots}
+    costs = {
+        arm: row.evaluations_per_step if config.budget == "evaluations" else row.seconds for arm, row in rows.items()
+    }
+    total = max(costs[arm] * one.epochs for arm, one in recipes.items())
+    return {arm: dataclasses.replace(one, epochs=max(1, round(total / costs[arm]))) for arm, one in recipes.items()}

@@ -1,92 +1,18 @@
-"""The settings of each experiment, as typed dataclasses whose fields are the command line's options."""
+"""The settings of each command, as typed dataclasses whose fields are the command line's options."""
 
 import dataclasses
-import functools
 from pathlib import Path
 from typing import Literal
 
-import jax
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sgd:
-    """SGD's settings, chosen by `python -m experiments tune digits`."""
-
-    learning_rate: float = 0.01
-    """Peak of the cosine schedule."""
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class Sam:
-    """SAM's settings, chosen by `python -m experiments tune digits`."""
-
-    learning_rate: float = 0.03
-    rho: float = 0.2
-
-
-@functools.partial(
-    jax.tree_util.register_dataclass,
-    data_fields=["learning_rate", "rho", "alpha", "beta"],
-    meta_fields=["penalty", "offset", "max_penalty_ratio", "evaluation"],
-)
-@dataclasses.dataclass(frozen=True)
-class CrSam:
-    """CR-SAM's settings, chosen by `python -m experiments tune digits`."""
-
-    learning_rate: float = 0.1
-    rho: float = 0.4
-    alpha: float = 0.5
-    beta: float = 0.1
-    penalty: Literal["log", "linear"] = "log"
-    offset: float = 1.0
-    max_penalty_ratio: float | None = None
-    evaluation: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
-
-
-Settings = Sgd | Sam | CrSam
-
 
 @dataclasses.dataclass(frozen=True)
-class Digits:
-    """Compare methods on scikit-learn's handwritten digits: few images, wrong labels, no augmentation.
+class Overrides:
+    """Changes to a recipe, beside its options, which count more."""
 
-    Run it with `python -m experiments compare digits`.
-    """
-
-    methods: tuple[str, ...] = ("sgd", "sgd-3x", "sam", "crsam")
-    """Methods to compare, or all. sgd-3x is SGD for three times the epochs, CR-SAM's number of gradient evaluations."""
-    seeds: int = 5
-    """Runs of each method. The seed sets the wrong labels, the initial weights and the order of the batches."""
-    train_examples: int = 500
-    label_noise: float = 0.4
-    """Fraction of training labels that are replaced by a wrong one. Test labels stay right."""
-    width: int = 16
-    """Channels of the network's first convolution."""
-    epochs: int = 40
-    batch_size: int = 64
-    momentum: float = 0.9
-    weight_decay: float = 5e-4
-    sgd: Sgd = dataclasses.field(default_factory=Sgd)
-    sam: Sam = dataclasses.field(default_factory=Sam)
-    crsam: CrSam = dataclasses.field(default_factory=CrSam)
-    probe_rho: float = 0.05
-    """Distance at which curvature is measured after an epoch, the same for all methods."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Benchmark:
-    """Time and memory of one step. Run it with `python -m experiments benchmark`."""
-
-    model: str = "convnet"
-    """convnet, or a network of experiments.models for images of 32×32 pixels, such as resnet18 or vit_ti4."""
-    width: int = 32
-    """Channels of the ConvNet's first convolution."""
-    batch_size: int = 64
-    rounds: int = 20
-    conditional: bool = False
-    """Also time CR-SAM inside a conditional, as the policies choose inside a jitted step: slow on CPU."""
+    config: Path | None = None
+    """JSON file with settings of the recipe, nested or by dotted names; a run's config.json gives that run back."""
+    set: tuple[str, ...] = ()
+    """Settings as key=value, such as crsam.rho=0.2; they count more than the file."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,19 +20,29 @@ class Run:
     """How a training run is carried out; none of it changes the result, but for rounding."""
 
     out: Path | None = None
-    """Folder of the run; results/RECIPE/METHOD-AUGMENTATION-seedSEED by default."""
+    """Folder of the results; one under results/ by default."""
     data_dir: Path | None = None
     """Folder of the data sets that TFDS prepared."""
     workers: int = 8
     """Processes that decode ImageNet; 0 decodes in the training process. Their number does not change the batches."""
-    keep: int = 3
-    """Newest checkpoints to keep."""
+    keep: int | None = 3
+    """Newest checkpoints to keep; None writes none, so that a run that is cut off begins anew."""
     keep_every: int | None = None
     """Keep every k-th epoch's checkpoint too, for measurements over training."""
     checkpoint_steps: int | None = None
     """Save after so many steps too, not only after each epoch."""
+    checkpoint_seconds: float = 0.0
+    """Save after an epoch only if so many seconds have passed since the last time; after the last one in any case."""
     log_steps: int = 20
-    """Write the loss and the diagnostics every so many steps."""
+    """Write the loss and the diagnostics every so many steps; 0 writes none, and no events for TensorBoard."""
+    wandb: str | None = None
+    """Write the metrics to this project of Weights & Biases too."""
+    evaluate_every: int = 1
+    """Evaluate after every k-th epoch, and after the last."""
+    probe_examples: int = 500
+    """Training examples on which ‖∇L‖ and the curvature along it are measured at each evaluation; 0 measures none."""
+    trace_probes: int = 0
+    """Random probes of the Hessian's trace, measured on the same examples after the last epoch; 0 measures none."""
     devices: int | None = None
     """Use the first so many devices; all by default."""
     distributed: bool = False
@@ -118,12 +54,77 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
+class Compare:
+    """What is compared, and how. Run it with `python -m experiments compare NAME`."""
+
+    methods: tuple[str, ...] = ("base", "base-3x", "sam", "crsam")
+    """Arms: a method, with -Nx for N times the epochs, with ,key=value for settings of its own; all is every method."""
+    seeds: int = 5
+    """Runs of each arm. The seed sets wrong labels, subset, initial weights and the order of the batches."""
+    against: str | None = None
+    """The arm that the others' differences are taken to, seed by seed; the first by default."""
+    budget: Literal["epochs", "evaluations", "seconds"] = "epochs"
+    """What all arms have alike. Of evaluations or seconds, measured in a short pilot, they have what the most expensive
+    arm needs; the others train for more epochs."""
+    detect: float = 0.5
+    """Difference of accuracy, in points, for which the number of seeds is estimated."""
+    processes: int = 1
+    """Run so many trainings at once, one core each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tune:
+    """What is searched, and how. Run it with `python -m experiments tune NAME`."""
+
+    methods: tuple[str, ...] = ("base", "sam", "crsam")
+    """Arms, as those of compare."""
+    trials: int = 16
+    """Settings tried for each arm, a power of two: the first points of a scrambled Sobol sequence."""
+    seeds: int = 2
+    """Runs of each setting, with seeds from 100 on, which comparisons do not use."""
+    space: tuple[str, ...] = ()
+    """Ranges as key=low:high, searched on a logarithmic scale, in place of the default ones or beside them."""
+    processes: int = 1
+    """Run so many trainings at once, one core each."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Benchmark:
+    """The cost of one step. Run it with `python -m experiments benchmark`."""
+
+    model: str = "convnet"
+    """convnet, or a network of experiments.models, such as resnet18 or vit_ti4."""
+    width: int | None = None
+    """Channels of the first convolution, or features of a token; the network's own by default, 32 of the ConvNet."""
+    batch_size: int = 64
+    """Of all devices together."""
+    image_size: int = 32
+    """Side of the images in pixels."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """In which the network computes; parameters and losses are float32."""
+    rounds: int = 20
+    """How often each program is timed."""
+    conditional: bool = False
+    """Also time CR-SAM inside a conditional, as the policies choose inside a jitted step: slow on CPU."""
+    target: str | None = None
+    """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
+    devices: int = 1
+    """Of the target, over which the batch is divided."""
+    out: Path | None = None
+    """Write the table to this CSV file too."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Readiness:
     """What full-size runs take. Run it with `python -m experiments readiness`."""
 
     teraflops: float = 100.0
     """Sustained throughput of the device or of all devices together, 10¹² FLOP/s; a third of the peak is usual."""
     compile: bool = False
-    """Compile each step for this machine's backend, for its memory; minutes each on a CPU."""
+    """Compile each step, for its memory: minutes each on a CPU. For the backend at hand, or for ``target``."""
+    target: str | None = None
+    """Compile for another device, and say if its memory is enough: h100, or a topology of TPUs such as v5e:4x4."""
+    devices: int | None = None
+    """Of the target, over which the batch is divided; all of a topology by default, one h100."""
     out: Path | None = None
     """Write the table to this file too."""

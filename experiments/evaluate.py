@@ -1,17 +1,19 @@
 """Accuracy and loss of a trained network: on its test data, on ImageNet-C and on ImageNet-R."""
 
 import statistics
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.progress import track
 
 from experiments.configs import Run
 from experiments.data import imagenet
-from experiments.inputs import streamed_batches
+from experiments.inputs import Batch, streamed_batches
 from experiments.loop import Evaluation, evaluate
+from experiments.progress import track
 from experiments.restore import Restored, restore
 
 On = Literal["test", "imagenet-c", "imagenet-r"]
@@ -39,13 +41,22 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
         raise ValueError(f"{on} is for networks trained on ImageNet; {folder} is of {restored.recipe.dataset}.")
     match on:
         case "test":
-            result = evaluate(restored.program, restored.state, restored.inputs.evaluation())
+            result = _evaluated(restored, restored.inputs.evaluation())
         case "imagenet-c":
-            result = _mean([_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C")])
+            result = _mean(
+                [_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C", "corruptions")]
+            )
         case "imagenet-r":
             result = _renditions(restored, run)
-    print(f"{folder}, step {int(restored.state.step)}, {on}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}")
+    print(
+        f"{folder}, step {int(restored.state.step)}, {on}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}, "
+        f"calibration error {result.calibration_error:.4f}"
+    )
     return result
+
+
+def _evaluated(restored: Restored, batches: Iterator[Batch], classes: jax.Array | None = None) -> Evaluation:
+    return evaluate(restored.program, restored.state.params, restored.state.model_state, batches, classes)
 
 
 def _corruptions() -> list[str]:
@@ -54,14 +65,14 @@ def _corruptions() -> list[str]:
 
 def _corrupted(restored: Restored, corruption: str, run: Run) -> Evaluation:
     batches = streamed_batches(restored.recipe, restored.mesh, run, f"imagenet2012_corrupted/{corruption}")
-    return evaluate(restored.program, restored.state, batches)
+    return _evaluated(restored, batches)
 
 
 def _renditions(restored: Restored, run: Run) -> Evaluation:
     classes = np.zeros(imagenet.NUM_CLASSES, bool)
     classes[imagenet.classes_present("imagenet_r", "test", run.data_dir)] = True
     batches = streamed_batches(restored.recipe, restored.mesh, run, "imagenet_r", "test")
-    return evaluate(restored.program, restored.state, batches, jnp.asarray(classes))
+    return _evaluated(restored, batches, jnp.asarray(classes))
 
 
 def _mean(results: list[Evaluation]) -> Evaluation:

@@ -1,7 +1,7 @@
 """Where a recipe's batches come from: small data sets from the device's memory, ImageNet from worker processes."""
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,7 +16,6 @@ from experiments.data.dataset import Dataset, Split
 from experiments.recipes import Recipe
 
 EVALUATION_BATCH = 1000
-DIGITS_TRAINING_EXAMPLES = 1000
 
 Batch = tuple[jax.Array, jax.Array]
 """Images, uint8 [batch, height, width, channels], and labels, int32 [batch]; −1 marks padding."""
@@ -37,17 +36,17 @@ class Inputs(NamedTuple):
 
     Attributes:
       signature: shapes and moments.
-      feed: from a step's number to what the jitted step gets.
-      select: from that and the step's number to a batch, inside the jitted step.
+      feed: from a step's number to what the jitted step gets; see :func:`select`.
       evaluation: makes an iterator over the evaluation batches.
+      examples: the first so many training examples, or None where there is no such thing.
       position: what to save so that ``restore`` makes the next ``feed`` the right one; JSON.
       restore: sets a position.
     """
 
     signature: Signature
     feed: Callable[[int], Any]
-    select: Callable[[Any, jax.Array], Batch]
     evaluation: Callable[[], Iterator[Batch]]
+    examples: Callable[[int], Batch | None]
     position: Callable[[], Any]
     restore: Callable[[Any], None]
 
@@ -70,11 +69,21 @@ def open_inputs(recipe: Recipe, mesh: Mesh, run: Run = Run()) -> Inputs:  # noqa
 
 
 def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
-    """A small data set with the recipe's subset, label noise and validation split; moments are of the whole."""
-    dataset = _digits() if recipe.dataset == "digits" else vision.load(recipe.dataset, data_dir)
+    """A small data set with the recipe's validation split, subset and label noise; moments are of the whole.
+
+    What is held out does not depend on the seed, and neither does its complement, which subsets are drawn from: a
+    search on the validation data trains on as many images as the runs that follow.
+
+    Raises:
+      ValueError: if there is no validation data to evaluate on.
+    """
+    dataset = _whole(recipe.dataset, data_dir)
     train, test = dataset.train, dataset.test
     if recipe.validation_fraction:
-        train, test = subset.split_validation(train, recipe.validation_fraction, seed=0)
+        train, validation = subset.split_validation(train, recipe.validation_fraction, seed=0)
+        test = validation if recipe.evaluate_on == "validation" else test
+    elif recipe.evaluate_on == "validation":
+        raise ValueError("There is no validation data to evaluate on: hold some out with --validation-fraction 0.1.")
     if recipe.examples_per_class is not None:
         train = subset.take_per_class(train, recipe.examples_per_class, recipe.seed)
     if recipe.test_examples_per_class is not None:
@@ -101,31 +110,44 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
     steps = examples // recipe.batch_size
     if not steps:
         raise ValueError(f"{examples} training examples do not fill a batch of {recipe.batch_size}.")
-    everywhere = NamedSharding(mesh, P())
-    images, labels = (jax.make_array_from_process_local_data(everywhere, array, array.shape) for array in dataset.train)
-
-    @partial(jax.jit, out_shardings=everywhere)
-    def shuffled(epoch: int) -> jax.Array:
-        key = jax.random.fold_in(jax.random.key(recipe.seed), epoch)
-        return jax.random.permutation(key, examples)[: steps * recipe.batch_size].reshape(steps, recipe.batch_size)
-
+    images, labels = (_everywhere(array, mesh) for array in dataset.train)
     order: dict[int, jax.Array] = {}  # of the current epoch
 
     def feed(step: int) -> Any:
         epoch = step // steps
         if epoch not in order:
             order.clear()
-            order[epoch] = shuffled(epoch)
+            order[epoch] = _shuffled(recipe.seed, epoch, examples, (steps, recipe.batch_size), mesh)
         return images, labels, order[epoch]
 
-    def select(feed: Any, step: jax.Array) -> Batch:
-        images, labels, order = feed
-        chosen = jax.lax.with_sharding_constraint(order[step % steps], NamedSharding(mesh, P("data")))
-        return images[chosen], labels[chosen]
-
-    signature = Signature(images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
+    signature = Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
     evaluation = partial(split_batches, dataset.test, mesh)
-    return Inputs(signature, feed, select, evaluation, dict, lambda position: None)
+
+    def first(count: int) -> Batch:
+        images, labels = (_everywhere(array[:count], mesh) for array in dataset.train)
+        return images, labels
+
+    return Inputs(signature, feed, evaluation, first, dict, lambda position: None)
+
+
+def select(feed: Any, step: jax.Array, mesh: Mesh) -> Batch:
+    """The batch of a step, inside the jitted step, from what ``feed`` gave: a batch, or whole split and order."""
+    if len(feed) == 2:
+        return feed
+    images, labels, order = feed
+    chosen = jax.lax.with_sharding_constraint(order[step % len(order)], NamedSharding(mesh, P("data")))
+    return images[chosen], labels[chosen]
+
+
+@partial(jax.jit, static_argnames=("examples", "shape", "mesh"))
+def _shuffled(seed: int, epoch: int, examples: int, shape: tuple[int, int], mesh: Mesh) -> jax.Array:
+    key = jax.random.fold_in(jax.random.key(seed), epoch)
+    order = jax.random.permutation(key, examples)[: shape[0] * shape[1]].reshape(shape)
+    return jax.lax.with_sharding_constraint(order, NamedSharding(mesh, P()))
+
+
+def _everywhere(array: np.ndarray, mesh: Mesh) -> jax.Array:
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P()), array, array.shape)
 
 
 def split_batches(split: Split, mesh: Mesh) -> Iterator[Batch]:
@@ -157,8 +179,8 @@ def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
     return Inputs(
         signature,
         feed=lambda step: _from_dict(next(iterator), mesh),
-        select=lambda batch, step: batch,
         evaluation=partial(streamed_batches, recipe, mesh, run),
+        examples=lambda count: None,
         position=iterator.get_state,
         restore=iterator.set_state,
     )
@@ -182,8 +204,7 @@ def _shared(local: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> Batch:
     return images, labels
 
 
-def _digits() -> Dataset:
-    """The embedded digits; their 17 grey levels take all of a byte's range."""
-    parts = digits.load(DIGITS_TRAINING_EXAMPLES)
-    train, test = (Split(15 * part.images, part.labels) for part in (parts.train, parts.test))
-    return Dataset("digits", train, test, digits.NUM_CLASSES, *vision.channel_moments(train.images))
+@cache
+def _whole(name: str, data_dir: Path | None) -> Dataset:
+    """All of a data set; the runs of a process share it."""
+    return digits.load() if name == "digits" else vision.load(name, data_dir)

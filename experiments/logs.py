@@ -1,13 +1,14 @@
-"""What a training run writes down: epochs as CSV, steps as JSON lines, both as TensorBoard events."""
+"""What a training run writes down: epochs as CSV, steps as JSON lines, both as events for TensorBoard and W&B."""
 
-import csv
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import optax
-from tensorboardX import SummaryWriter
+
+from experiments import tables
 
 
 class EpochRow(NamedTuple):
@@ -28,6 +29,24 @@ class EpochRow(NamedTuple):
     """Training images, without the evaluations in between."""
     waiting_percent: float
     """Share of that time in which the loop waited for its input."""
+    seconds: float = 0.0
+    """Of the epoch's steps, without compilation."""
+    evaluations_per_step: float = 1.0
+    """Gradient evaluations, the mean over all steps so far."""
+    calibration_error: float | None = None
+    """Expected difference of confidence and accuracy on the evaluation data, over 15 bins of confidence."""
+    average_loss: float | None = None
+    """Of the averaged weights on the evaluation data, like the next two; empty without an average."""
+    average_accuracy: float | None = None
+    average_calibration_error: float | None = None
+    grad_norm: float | None = None
+    """‖∇L‖ on the first training examples, in evaluation mode; empty where it is not measured, like those below."""
+    curvature: float | None = None
+    """vᵀHv along v = ∇L/‖∇L‖."""
+    trace: float | None = None
+    """Of the Hessian, after the last epoch."""
+    normalized_trace: float | None = None
+    """C(w), the trace over ‖∇L‖."""
 
 
 class Log:
@@ -36,24 +55,39 @@ class Log:
     Args:
       folder: of the run.
       step: where training goes on.
+      has_steps: whether steps are written down too, and events.
+      wandb: a project of Weights & Biases to write to as well.
+      config: of the run, for it.
       is_writer: ``False`` on all processes but one: nothing is written.
+
+    Raises:
+      ImportError: if ``wandb`` is asked for and not installed.
     """
 
-    def __init__(self, folder: Path, step: int, is_writer: bool = True):
-        self._is_writer = is_writer
+    def __init__(
+        self, folder: Path, step: int, has_steps: bool = True, wandb: str | None = None, config: Any = None,
+        is_writer: bool = True,
+    ):  # fmt: skip
+        self._is_writer, self._has_steps, self._stack = is_writer, has_steps and is_writer, ExitStack()
+        self._epochs, self._wandb = folder / "metrics.csv", None
         if not is_writer:
             return
-        epochs, steps = folder / "metrics.csv", folder / "steps.jsonl"
-        rows = [row for row in read_epochs(epochs) if row.step <= step]
-        lines = [line for line in read_steps(steps) if line["step"] <= step]
-        _replace(steps, "".join(json.dumps(line) + "\n" for line in lines))
-        _replace(epochs, ",".join(EpochRow._fields) + "\n" + "".join(_csv_line(row) for row in rows))
-        self._epochs, self._steps = epochs.open("a"), steps.open("a")
-        self._events = SummaryWriter(str(folder), purge_step=step + 1)
+        rows = [row for row in read_epochs(self._epochs) if row.step <= step] if step else []
+        tables.write(self._epochs, rows) if rows else tables.replace(self._epochs, "")
+        if self._has_steps:
+            from tensorboardX import SummaryWriter
+
+            steps = folder / "steps.jsonl"
+            lines = [line for line in read_steps(steps) if line["step"] <= step] if step else []
+            tables.replace(steps, "".join(json.dumps(line) + "\n" for line in lines))
+            self._steps = self._stack.enter_context(steps.open("a"))
+            self._events = self._stack.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
+        if wandb is not None:
+            self._wandb = _start_wandb(wandb, folder, config)
 
     def step(self, step: int, values: dict[str, float]) -> None:
         """Writes down what was seen at a step."""
-        if self._is_writer:
+        if self._has_steps:
             self._steps.write(json.dumps({"step": step} | values) + "\n")
             self._steps.flush()
             self._add("step", values, step)
@@ -61,15 +95,17 @@ class Log:
     def epoch(self, row: EpochRow) -> None:
         """Writes down an epoch."""
         if self._is_writer:
-            self._epochs.write(_csv_line(row))
-            self._epochs.flush()
+            tables.append(self._epochs, [row])
             self._add("epoch", row._asdict(), row.step)
 
     def _add(self, group: str, values: dict[str, Any], step: int) -> None:
-        for name, value in values.items():
-            if name not in ("epoch", "step"):
-                self._events.add_scalar(f"{group}/{name}", value, step)
-        self._events.flush()
+        known = {f"{group}/{name}": value for name, value in values.items() if name != "step" and value is not None}
+        if self._has_steps:
+            for name, value in known.items():
+                self._events.add_scalar(name, value, step)
+            self._events.flush()
+        if self._wandb is not None:
+            self._wandb.log(known, step=step)
 
     def __enter__(self) -> Self:
         return self
@@ -77,9 +113,9 @@ class Log:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        if self._is_writer:
-            for file in (self._epochs, self._steps, self._events):
-                file.close()
+        self._stack.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=int(kind is not None))
 
 
 def diagnostics(opt_state: Any) -> dict[str, float]:
@@ -90,12 +126,7 @@ def diagnostics(opt_state: Any) -> dict[str, float]:
 
 def read_epochs(path: Path) -> list[EpochRow]:
     """The rows of a metrics.csv; none if there is no file."""
-    if not path.exists():
-        return []
-    kinds = EpochRow.__annotations__
-    with path.open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if None not in row.values()]  # the last may be cut off
-    return [EpochRow(**{name: kinds[name](value) for name, value in row.items()}) for row in rows]
+    return tables.read(path, EpochRow)
 
 
 def read_steps(path: Path) -> list[dict[str, Any]]:
@@ -106,11 +137,10 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines]
 
 
-def _csv_line(row: EpochRow) -> str:
-    return ",".join(repr(value) for value in row) + "\n"
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def _start_wandb(project: str, folder: Path, config: Any) -> Any:
+    try:
+        import wandb
+    except ImportError as error:
+        raise ImportError("--wandb needs Weights & Biases: pip install wandb.") from error
+    name = "-".join(folder.resolve().parts[-2:])  # the run's identity: a run that goes on is one run there too
+    return wandb.init(project=project, id=name, name=name, resume="allow", dir=str(folder), config=config)

@@ -1,4 +1,4 @@
-"""Plots of training runs."""
+"""Plots of comparisons and searches."""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -12,62 +12,97 @@ matplotlib.use("Agg")  # files only: no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.figures import style
+from experiments.logs import EpochRow
 
 # Okabe and Ito's colour-blind safe palette, without its yellow.
 _COLORS = ("#000000", "#999999", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-_STYLES = ("-", "--", ":", "-.")
+_LOOKS: list[dict[str, Any]] = [
+    {"linestyle": style, "color": color} for style, color in itertools.product(("-", "--", ":", "-."), _COLORS)
+]
 
-_PANELS = (
-    ("test_accuracy", "test accuracy, %", False),
-    ("test_loss", "test loss", False),
-    ("train_accuracy", "training accuracy, %\n(against the noisy labels)", False),
-    ("curvature", "curvature vᵀHv\non the training set", True),
-)
+_PANELS = {
+    "test_accuracy": "test accuracy, %",
+    "test_loss": "test loss",
+    "train_accuracy": "training accuracy, %",
+    "curvature": "curvature vᵀHv\non the training set",
+    "train_loss": "training loss",
+}
 
-
-TRAINING_PANELS = (
-    ("test_accuracy", "test accuracy, %", False),
-    ("test_loss", "test loss", True),
-    ("train_accuracy", "training accuracy, %", False),
-    ("train_loss", "training loss", True),
-)
-"""For runs of recipes."""
+Runs = Mapping[str, Sequence[Sequence[EpochRow]]]
+"""From an arm's label to the epochs of each of its seeds."""
 
 
-def curves(
-    records: Sequence[Any],
-    labels: Mapping[str, str],
-    path: Path,
-    panels: Sequence[tuple[str, str, bool]] = _PANELS,
-) -> None:
+def curves(runs: Runs, path: Path) -> None:
     """Draws four measures over training: a line for the mean over seeds, a band for ± one standard deviation.
 
-    The horizontal axis is the share of the method's own epochs, since methods may train for different ones.
+    The horizontal axis is the share of the arm's own epochs, since arms may train for different ones.
     """
-    methods = list(dict.fromkeys(r.method for r in records))
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.5), sharex=True, layout="constrained")
-    for axis, (field, title, logarithmic) in zip(axes.flat, panels, strict=True):
-        for method, (style, color) in zip(methods, itertools.product(_STYLES, _COLORS), strict=False):
-            _line(axis, [r for r in records if r.method == method], field, labels[method], color, style)
-        axis.set_ylabel(title)
-        axis.grid(alpha=0.25)
-        axis.spines[["top", "right"]].set_visible(False)
-        if logarithmic:
-            axis.set_yscale("log")
-    for axis in axes[1]:
-        axis.set_xlabel("share of the training run, %")
-    figure.legend(
-        *axes[0, 0].get_legend_handles_labels(), loc="outside upper center", ncols=min(len(methods), 4), frameon=False
-    )
+    if not runs:  # none has a finite loss
+        return
+    rows = [row for seeds in runs.values() for row in seeds[0]]
+    fields = [field for field in _PANELS if all(getattr(row, field) is not None for row in rows)][:4]
+    with plt.rc_context(style.SETTINGS):
+        figure, axes = plt.subplots(2, 2, figsize=(style.WIDTH, 5), sharex=True, layout="constrained")
+        for axis, field in zip(axes.flat, fields, strict=True):
+            for (label, seeds), look in zip(runs.items(), itertools.cycle(_LOOKS), strict=False):
+                share = [100 * row.epoch / seeds[0][-1].epoch for row in seeds[0]]
+                values = [[getattr(epochs[i], field) for epochs in seeds] for i in range(len(share))]
+                style.band(axis, share, values, label=label, **look)
+            axis.set_ylabel(_PANELS[field])
+            if field in ("curvature", "train_loss"):
+                axis.set_yscale("log")
+        for axis in axes[1]:
+            axis.set_xlabel("share of the training run, %")
+        _finish(figure, axes[0, 0], len(runs), path)
+
+
+def accuracy_over_time(runs: Runs, path: Path) -> None:
+    """Draws the mean test accuracy over the mean seconds of training, and each arm's end with its spread."""
+    with plt.rc_context(style.SETTINGS):
+        figure, axis = plt.subplots(figsize=(style.WIDTH, 3.6), layout="constrained")
+        for (label, seeds), look in zip(runs.items(), itertools.cycle(_LOOKS), strict=False):
+            epochs = np.array([row.epoch for row in seeds[0]])
+            seconds = np.mean([np.median([row.seconds for row in rows]) for rows in seeds]) * epochs
+            accuracy = np.array([[row.test_accuracy for row in rows] for rows in seeds])
+            axis.plot(seconds, accuracy.mean(axis=0), label=label, alpha=0.6, **look)
+            spread = accuracy[:, -1].std(ddof=1) if len(seeds) > 1 else None
+            axis.errorbar(seconds[-1], accuracy[:, -1].mean(), spread, fmt="o", capsize=2, color=look["color"])
+        axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
+        _finish(figure, axis, len(runs), path)
+
+
+def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
+    """Draws the accuracy of each trial over each setting that was searched, on a logarithmic scale; a row an arm.
+
+    Args:
+      found: of each arm the trials: settings by name, ``accuracy`` and ``accuracy_std``.
+      names: of the settings of all arms.
+      path: of the picture.
+    """
+    size = (1 + 1.6 * len(names), 0.6 + 1.5 * len(found))
+    with plt.rc_context(style.SETTINGS):
+        figure, axes = plt.subplots(
+            len(found), len(names), figsize=size, layout="constrained", squeeze=False, sharey="row", sharex="col"
+        )
+        for row, (arm, points) in zip(axes, found.items(), strict=True):
+            best = max(points, key=lambda point: point["accuracy"])
+            for axis, name in zip(row, names, strict=True):
+                if name not in best:
+                    axis.set_visible(False)
+                    continue
+                x, y, spread = ([point[key] for point in points] for key in (name, "accuracy", "accuracy_std"))
+                axis.errorbar(x, y, spread, fmt="o", color=_COLORS[2], elinewidth=0.8)
+                axis.plot(best[name], best["accuracy"], "o", color=_COLORS[3], markersize=5, zorder=3)
+                axis.set(xscale="log", xlabel=name)
+            row[0].set_ylabel(f"{arm}\naccuracy, %")
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def _finish(figure: Figure, axis: Axes, count: int, path: Path) -> None:
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside upper center", ncols=min(count, 4), frameon=False)
     figure.savefig(path, dpi=150)
     plt.close(figure)
-
-
-def _line(axis: Axes, records: Sequence[Any], field: str, label: str, color: str, style: str) -> None:
-    epochs = sorted({r.epoch for r in records})
-    values = np.array([[getattr(r, field) for r in records if r.epoch == epoch] for epoch in epochs])
-    mean, std = values.mean(axis=1), values.std(axis=1, ddof=1) if values.shape[1] > 1 else 0
-    share = 100 * np.array(epochs) / epochs[-1]
-    axis.plot(share, mean, color=color, linestyle=style, label=label, linewidth=1.6)
-    if values.shape[1] > 1:
-        axis.fill_between(share, mean - std, mean + std, color=color, alpha=0.15, linewidth=0)

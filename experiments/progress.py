@@ -1,13 +1,17 @@
-"""What a person sees of a training run: rates and a bar."""
+"""What a person sees of the work: rates and a bar."""
 
 import time
+from collections.abc import Collection, Iterator
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.measure import Measurement
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column
+from rich.text import Text
 
-from experiments.logs import EpochRow
+Item = TypeVar("Item")
 
 
 class Clock:
@@ -39,28 +43,40 @@ class Clock:
 
 
 class Bar:
-    """A progress bar over all steps with loss, accuracy, images per second and the time that is left."""
+    """A progress bar with a count and the time that is left, whole on every terminal, and as much text as fits.
 
-    def __init__(self, console: Console, total: int, first: int):
+    Without a terminal there is no bar, and only what is printed remains.
+
+    Args:
+      console: where to.
+      total: of what is counted.
+      completed: how much of it there is already.
+      unit: what it is called.
+      text: beside it at first.
+    """
+
+    def __init__(self, console: Console, total: int, completed: int = 0, unit: str = "steps", text: str = "compiling"):
+        is_wide = console.width >= 120
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("steps"),
-            TimeElapsedColumn(), TextColumn("ETA"), TimeRemainingColumn(),
+            _Parts(), BarColumn(40 if is_wide else 10), MofNCompleteColumn(table_column=_whole()),
+            TextColumn(unit, table_column=_whole()), TextColumn("ETA", table_column=_whole()),
+            TimeRemainingColumn(table_column=_whole()),
         )  # fmt: skip
-        self._progress = Progress(*columns, console=console, disable=console.quiet)
-        self._task = self._progress.add_task("compiling", total=total, completed=first)
+        is_shown = console.is_terminal and not console.quiet and completed < total
+        self._progress = Progress(*columns, console=console, disable=not is_shown)
+        self._task = self._progress.add_task("", total=total, completed=completed, parts=(text,))
 
-    def update(self, step: int, text: str) -> None:
-        """Moves to a step."""
-        self._progress.update(self._task, completed=step, description=text)
+    def update(self, completed: int, *parts: str) -> None:
+        """Moves to a count; the parts of the text that do not fit are left out, from the last on."""
+        self._progress.update(self._task, completed=completed, parts=parts)
 
-    def print(self, row: EpochRow) -> None:
-        """Leaves a line for an epoch above the bar."""
-        self._progress.console.print(
-            f"epoch {row.epoch}: training loss {row.train_loss:.4f}, accuracy {row.train_accuracy:.2f} %; "
-            f"test loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2f} %; {row.images_per_second:.0f} images/s, "
-            f"{row.waiting_percent:.1f} % of it waiting for data",
-            highlight=False, soft_wrap=True,
-        )  # fmt: skip
+    def advance(self, *parts: str) -> None:
+        """Moves on by one."""
+        self._progress.update(self._task, advance=1, parts=parts)
+
+    def print(self, text: str) -> None:
+        """Leaves a line above the bar."""
+        self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
         self._progress.start()
@@ -70,3 +86,41 @@ class Bar:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         self._progress.stop()
+
+
+def track(items: Collection[Item], text: str, unit: str) -> Iterator[Item]:
+    """Iterates with a bar on stderr, so that what a command prints can be kept alone."""
+    with Bar(Console(stderr=True), len(items), unit=unit, text=text) as bar:
+        for item in items:
+            yield item
+            bar.advance(text)
+
+
+class _Parts(ProgressColumn):
+    """The text of a bar; of all its columns the only one that gives way."""
+
+    def __init__(self) -> None:
+        super().__init__(table_column=Column(no_wrap=False))
+
+    def render(self, task: Task) -> "_Fitting":
+        return _Fitting(task.fields["parts"])
+
+
+class _Fitting:
+    """As many parts of a text as fit into one line."""
+
+    def __init__(self, parts: tuple[str, ...]):
+        self._parts = parts
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        count = len(self._parts)
+        while count > 1 and len("  ".join(self._parts[:count])) > options.max_width:
+            count -= 1
+        yield Text("  ".join(self._parts[:count]), no_wrap=True, overflow="ellipsis")
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(1, max(1, len("  ".join(self._parts))))
+
+
+def _whole() -> Column:
+    return Column(no_wrap=True)

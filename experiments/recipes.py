@@ -1,6 +1,7 @@
 """Training runs by name: every row of the paper's tables 4 and 5, and reduced ones for a CPU.
 
-A row holds the settings of all methods; ``method``, ``augmentation`` and ``seed`` choose one run of it.
+A row holds the settings of all methods; ``method``, ``augmentation`` and ``seed`` choose one run of it, and
+``per_method`` has what a search chose for single methods.
 Source of the figures: Wu, Luo, Wunsch, "CR-SAM", AAAI 2024, tables 4 and 5. Where the paper is silent:
 
 * warm-up: 5 epochs for the ResNets on ImageNet (Goyal et al. 2017), 4 for the ViTs, which are 10,000 steps (Chen,
@@ -11,7 +12,9 @@ Source of the figures: Wu, Luo, Wunsch, "CR-SAM", AAAI 2024, tables 4 and 5. Whe
 """
 
 import dataclasses
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+import tyro
 
 from experiments.names import unknown
 
@@ -22,6 +25,16 @@ class Sam:
 
     rho: float = 0.05
     """Distance to the probe, ρ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Asam:
+    """Settings of ASAM."""
+
+    rho: float = 0.5
+    """Distance to the probe in its own metric, ρ."""
+    eta: float = 0.01
+    """Added to the size of each weight, η."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,8 +53,8 @@ class CrSam:
     """δ in log(δ + S) and log(δ + D); 0 is the paper's eq. 7."""
     max_penalty_ratio: float | None = None
     """Bound κ on ‖penalty's gradient‖/‖g⁺‖."""
-    evaluation: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
-    """How the probes are evaluated; for speed and memory alone. auto: vmap on GPU and TPU, sequential on CPU."""
+    strategy: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
+    """In which order the points are evaluated, for speed and memory alone; see ``crsam_jax.Execution``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +77,14 @@ class Recipe:
     """Of SGD."""
     warmup_epochs: float = 0.0
     """Linear from 0 to the peak."""
+    schedule: Literal["cosine", "constant"] = "cosine"
+    """After the warm-up: half a cosine to zero at the last step, or the peak throughout."""
+    ema: float | None = None
+    """Decay of an average of the weights over the steps; it is evaluated beside them, and judged in their place."""
     method: str = "base"
     """base (the base optimizer alone), sam, crsam, or a relative of theirs."""
     sam: Sam = dataclasses.field(default_factory=Sam)
+    asam: Asam = dataclasses.field(default_factory=Asam)
     crsam: CrSam = dataclasses.field(default_factory=CrSam)
     augmentation: Literal["none", "basic", "cutout", "autoaugment", "inception"] = "basic"
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
@@ -87,9 +105,13 @@ class Recipe:
     label_noise: float = 0.0
     """Fraction of the training labels that become wrong."""
     validation_fraction: float = 0.0
-    """Hold out so much of the training data, and evaluate on it in place of the test data."""
+    """Hold out so much of the training data, the same for all seeds."""
+    evaluate_on: Literal["test", "validation"] = "test"
+    """The test data, or what is held out."""
     image_size: int = 224
     """Side of ImageNet's crops in pixels."""
+    per_method: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
+    """Settings of single methods, from their names and the settings' names; their variants take them too."""
 
 
 _TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, augmentation="basic")
@@ -126,6 +148,11 @@ PAPER: dict[str, Recipe] = {
 """The rows of tables 4 and 5."""
 
 REDUCED: dict[str, Recipe] = {
+    "digits": Recipe(
+        "digits", "convnet", epochs=40, batch_size=64, learning_rate=0.01, weight_decay=5e-4, augmentation="none",
+        model_options={"width": 16}, label_noise=0.4, validation_fraction=0.5, sam=Sam(0.2), crsam=CrSam(0.4, 0.5, 0.1),
+        per_method={"sam": {"learning_rate": 0.03}, "crsam": {"learning_rate": 0.1}},
+    ),
     "cifar10-small-resnet": dataclasses.replace(
         PAPER["cifar10-resnet18"], model_options={"stage_sizes": (1, 1, 1), "width": 16}, epochs=10,
         examples_per_class=300, batch_size=64, weight_decay=5e-4,
@@ -162,8 +189,3 @@ def get(name: str) -> Recipe:
     if name not in RECIPES:
         raise unknown("recipe", name, RECIPES)
     return RECIPES[name]
-
-
-def from_dict(fields: dict[str, Any]) -> Recipe:
-    """The recipe that ``dataclasses.asdict`` wrote."""
-    return Recipe(**(fields | {"sam": Sam(**fields["sam"]), "crsam": CrSam(**fields["crsam"])}))

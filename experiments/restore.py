@@ -1,14 +1,13 @@
 """A run from its folder: the recipe, the compiled functions and the state of a checkpoint, to measure with."""
 
-import json
 from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from experiments import recipes, scale
-from experiments.checkpoints import Checkpoints
+from experiments import overrides, scale
+from experiments.checkpoints import Checkpoints, steps_of
 from experiments.configs import Run
 from experiments.inputs import Inputs, open_inputs
 from experiments.program import Program, State, make_program
@@ -34,13 +33,12 @@ def read_recipe(folder: Path) -> Recipe:
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no config.json.")
-    return recipes.from_dict(json.loads(path.read_text()))
+    return overrides.find(str(path))
 
 
 def checkpoint_steps(folder: Path) -> list[int]:
     """The steps of all checkpoints of a run, ascending."""
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
-        return checkpoints.steps
+    return steps_of(folder)
 
 
 def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008
@@ -57,7 +55,7 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     recipe = read_recipe(folder)
     mesh = scale.start(run)
     inputs = open_inputs(recipe, mesh, run)
-    program = make_program(recipe, inputs.signature, mesh, inputs.select)
-    with closing(Checkpoints(folder, keep=None)) as checkpoints:
+    program = make_program(recipe, inputs.signature, mesh)
+    with closing(Checkpoints(folder)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)
     return Restored(recipe, mesh, inputs, program, state)

@@ -1,35 +1,25 @@
-"""A folder a run: the resolved configuration, and rows that are on disk as soon as they exist."""
+"""A folder a run: the resolved configuration, and one writer at a time."""
 
 import contextlib
-import csv
 import dataclasses
-import datetime
 import fcntl
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any
 
-
-def new_folder(name: str, out: Path | None) -> Path:
-    """Makes ``out``, or results/NAME-DATE-TIME if it is None.
-
-    Raises:
-      FileExistsError: if it holds something already, so that no earlier result is overwritten.
-    """
-    folder = out or Path("results") / f"{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
-    folder.mkdir(parents=True, exist_ok=True)
-    if any(folder.iterdir()):
-        raise FileExistsError(f"{folder} holds the results of another run; name another folder with --out.")
-    return folder
+from experiments import tables
 
 
 def save_config(config: Any, folder: Path) -> None:
     """Writes the resolved configuration, a dataclass, as config.json, whole or not at all."""
-    partial = folder / "config.json.partial"
-    partial.write_text(json.dumps(dataclasses.asdict(config), indent=2) + "\n")
-    partial.replace(folder / "config.json")
+    save_json(dataclasses.asdict(config), folder / "config.json")
+
+
+def save_json(content: Any, path: Path) -> None:
+    """Writes a file that people read too, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tables.replace(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_free(config: Any, folder: Path) -> None:
@@ -37,10 +27,11 @@ def check_free(config: Any, folder: Path) -> None:
 
     Raises:
       FileExistsError: if it holds anything else, with the settings that differ.
+      ValueError: if its configuration is damaged.
     """
     path = folder / "config.json"
     if path.exists():
-        saved, wanted = json.loads(path.read_text()), json.loads(json.dumps(dataclasses.asdict(config)))
+        saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(config)))
         names = saved.keys() | wanted.keys()
         changes = [f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in names if saved.get(k) != wanted.get(k)]
         if changes:
@@ -48,7 +39,30 @@ def check_free(config: Any, folder: Path) -> None:
                 f"{folder} holds another run ({'; '.join(sorted(changes))}). Name another folder with --out."
             )
     elif folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "config.json.partial"}:
-        raise FileExistsError(f"{folder} holds something that is not a run; name another folder with --out.")
+        hint = _mended_by_copy(path) or "Name another folder with --out."
+        raise FileExistsError(f"{folder} holds something that is not a run: there is no config.json. {hint}")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What :func:`save_json` wrote.
+
+    Raises:
+      ValueError: if the file is damaged, with the copy that a checkpoint has.
+    """
+    try:
+        content = json.loads(path.read_bytes())
+        if isinstance(content, dict):
+            return content
+        error = f"it holds {type(content).__name__}"
+    except (json.JSONDecodeError, UnicodeDecodeError) as failure:
+        error = str(failure)
+    raise ValueError(f"{path} is damaged, or not JSON: {error}. {_mended_by_copy(path)}".rstrip())
+
+
+def _mended_by_copy(path: Path) -> str:
+    """What to do about a file of a run of which the last checkpoint has a copy."""
+    copies = [copy for copy in path.parent.glob(f"checkpoints/*/{path.name}") if copy.parent.name.isdecimal()]
+    return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""
 
 
 @contextlib.contextmanager
@@ -64,24 +78,3 @@ def locked(folder: Path) -> Iterator[None]:
         except BlockingIOError as error:
             raise FileExistsError(f"Another process is writing to {folder}.") from error
         yield
-
-
-class CsvWriter:
-    """Appends NamedTuples to a CSV file, one line each, flushed at once: an interrupted run loses nothing."""
-
-    def __init__(self, path: Path, row_type: type[NamedTuple]):
-        self._file = path.open("x", newline="")
-        self._writer = csv.writer(self._file)
-        self._writer.writerow(row_type._fields)
-
-    def write(self, row: tuple[Any, ...]) -> None:
-        self._writer.writerow(f"{value:.6g}" if isinstance(value, float) else value for value in row)
-        self._file.flush()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._file.close()

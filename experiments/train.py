@@ -1,6 +1,7 @@
 """Training a recipe: it can be stopped at any moment, and goes on where it was."""
 
 import contextlib
+import dataclasses
 import json
 import signal
 import sys
@@ -16,9 +17,10 @@ from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import open_inputs
 from experiments.logs import Log
-from experiments.loop import run_steps
+from experiments.loop import Training, run_steps
 from experiments.program import make_program
 from experiments.recipes import Recipe
+from experiments.resume import resume
 
 
 def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
@@ -26,7 +28,7 @@ def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
     return out or Path("results") / name / f"{recipe.method}-{recipe.augmentation}-seed{recipe.seed}"
 
 
-def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
+def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
     """Trains one network, or goes on with it: after any interruption the same call continues.
 
     The result is that of a run without interruption, bit by bit on the same hardware.
@@ -35,6 +37,7 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
       name: of the recipe, for the folder.
       recipe: what to train.
       run: how.
+      quiet: whether to print nothing.
 
     Returns:
       The folder with config.json, metrics.csv, steps.jsonl, TensorBoard events and checkpoints.
@@ -43,16 +46,17 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
       FileExistsError: if the folder holds another run, or another process is writing to it.
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
+      ValueError: if all checkpoints of the run are damaged.
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     folder = folder_of(name, recipe, run.out)
     mesh = scale.start(run)
     is_first = jax.process_index() == 0
-    console = Console(quiet=not is_first)
+    console = Console(quiet=quiet or not is_first)
     runs.check_free(recipe, folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
-        program = make_program(recipe, inputs.signature, mesh, inputs.select)
+        program = make_program(recipe, inputs.signature, mesh)
         scale.wait_for_all("checked")
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
@@ -60,19 +64,24 @@ def train(name: str, recipe: Recipe, run: Run = Run()) -> Path:  # noqa: B008
             runs.save_config(recipe, folder)
             _note_environment(folder, mesh)
         steps = inputs.signature.steps_per_epoch
-        period = run.keep_every and run.keep_every * steps
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
-        state = program.init(recipe.seed)
-        if checkpoints.last is not None:
-            state, position = checkpoints.restore(state)
-            inputs.restore(position)
-        log = stack.enter_context(Log(folder, int(state.step), is_first))
-        console.print(f"{name}, {recipe.method}: from step {int(state.step)} to {recipe.epochs * steps}, in {folder}")
-        state, stop = run_steps(recipe, run, inputs, program, state, checkpoints, log, console)
+        state, checkpoints = program.init(recipe.seed), None
+        if run.keep is not None:
+            period = run.keep_every and run.keep_every * steps
+            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
+            state, position = resume(checkpoints, state)
+            if position is not None:
+                inputs.restore(position)
+        config = dataclasses.asdict(recipe)
+        log = stack.enter_context(Log(folder, int(state.step), run.log_steps > 0, run.wandb, config, is_first))
+        first, total = int(state.step), recipe.epochs * steps
+        what = f"from step {first} to {total}" if first < total else f"complete, {total} steps"
+        console.print(f"{name}, {recipe.method}: {what}, in {folder}", soft_wrap=True, highlight=False)
+        state, stop = run_steps(Training(recipe, run, inputs, program, checkpoints, log, console), state)
     if stop:
-        console.print(
-            f"{signal.Signals(stop).name}: saved step {int(state.step)}. The same command goes on from there."
+        saved = (
+            f"saved step {int(state.step)}. The same command goes on from there." if run.keep else "nothing is saved."
         )
+        console.print(f"{signal.Signals(stop).name}: {saved}", soft_wrap=True, highlight=False)
         sys.exit(128 + stop)
     return folder
 

@@ -1,67 +1,146 @@
-"""The settings of the digits comparison, chosen for each method on the validation split."""
+"""A search for the settings of each arm, with equally many trials, on data that is held out of training."""
 
 import dataclasses
-import itertools
-import statistics
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
-from rich.progress import track
+import numpy as np
+from scipy.stats import qmc
 
-from experiments import configs, runs
-from experiments.methods import with_settings
-from experiments.training import Program, make_program, make_task, train
+from experiments import arms, jobs, plots, runs, tables
+from experiments.configs import Run, Tune
+from experiments.jobs import Job
+from experiments.methods import METHODS
+from experiments.overrides import Changes, changed, flat
+from experiments.recipes import Recipe
+from experiments.tables import mean_and_deviation
 
-_SEEDS = range(100, 105)  # seeds that the comparison does not use
-_LEARNING_RATES = (0.01, 0.03, 0.1, 0.3)
-_RHOS = (0.1, 0.2, 0.4, 0.8)
-_ALPHAS_BETAS = ((0.1, 0.01), (0.5, 0.1))
+FIRST_SEED = 100
+"""Comparisons begin with 0."""
+
+SPACE = {
+    "sam.rho": (0.02, 1.0),
+    "asam.rho": (0.1, 5.0),
+    "crsam.rho": (0.02, 1.0),
+    "crsam.alpha": (0.01, 1.0),
+    "crsam.beta": (0.001, 0.3),
+}
+"""Ranges of the methods' own settings. That of the learning rate is from a tenth to ten times the recipe's."""
+
+Space = Mapping[str, tuple[float, float]]
 
 
-class Trial(NamedTuple):
-    """One row: a method's settings, and the validation split at the last epoch, mean over the seeds."""
+def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) -> Path:
+    """Tries settings of each arm and writes down all of them, and the recipe with the best, which can be trained.
 
-    method: str
-    settings: str
-    accuracy: float
-    accuracy_std: float
-    loss: float
+    The best has the highest mean accuracy over the seeds on the validation data; the test data is not read. Trials
+    that are complete are read, so that a search goes on where it was, or with more trials.
 
+    Args:
+      name: of the recipe, for folder and file.
+      recipe: what to train; some of its training data must be held out.
+      config: arms, trials, seeds, ranges.
+      changes: settings that hold for all arms.
+      run: how.
 
-def tune(config: configs.Digits, out: Path | None = None) -> Path:
-    """Writes trials.csv and prints the best settings of each method by mean validation accuracy."""
-    folder = runs.new_folder("tune-digits", out)
-    runs.save_config(config, folder)
-    with runs.CsvWriter(folder / "trials.csv", Trial) as writer:
-        for method, candidates in _candidates(config).items():
-            program = make_program(config, method)
-            trials = []
-            for settings in track(candidates, description=method):
-                trials.append(_trial(method, with_settings(config, method, settings), program))
-                writer.write(trials[-1])
-            print(max(trials, key=lambda trial: trial.accuracy))
-    print(f"All trials: {folder / 'trials.csv'}")
+    Returns:
+      The folder with trials.csv, runs.csv, trials.png and NAME-tuned.json.
+
+    Raises:
+      FileExistsError: if the folder holds a search over other ranges.
+      ValueError: for an unknown method or setting, or a range that is none.
+    """
+    folder = run.out or Path("results") / name / "tune"
+    searches = {arm: _search(arm, recipe, config, changes, folder) for arm in dict.fromkeys(config.methods)}
+    # Trial by trial over all arms, so that an interruption leaves searches of one size.
+    todo = [job for trials in zip(*searches.values(), strict=True) for seeds in trials for job in seeds]
+    short = dataclasses.replace(run, evaluate_every=max(job.recipe.epochs for job in todo), probe_examples=0)
+    jobs.carry_out(name, todo, short, config.processes)
+    best: dict[str, dict[str, Any]] = {}
+    rows: dict[str, list[dict[str, Any]]] = {}
+    common, names = changed(recipe, changes), ["learning_rate"]
+    for arm, search in searches.items():
+        space = space_of(search[0][0].recipe, config.space)
+        names += [key for key in space if key not in names]
+        rows[arm] = [_row(arm, trial, seeds, list(space)) for trial, seeds in enumerate(search)]
+        winner = max(rows[arm], key=lambda row: row["accuracy"])
+        best[arm] = _difference(search[winner["trial"]][0].recipe, common)
+        print(f"{arm}: {winner['accuracy']:.2f} % with " + ", ".join(f"{key} = {winner[key]:g}" for key in space))
+    tables.write(folder / "trials.csv", [row for found in rows.values() for row in found])
+    tables.write(folder / "runs.csv", [jobs.read_result(job) for job in todo])
+    plots.trials(rows, names, folder / "trials.png")
+    tuned = dataclasses.replace(common, per_method=common.per_method | best)
+    runs.save_json(dataclasses.asdict(tuned), folder / f"{name}-tuned.json")
+    print(f"Trials and the best are in {folder}: trials.csv, runs.csv, trials.png, {name}-tuned.json.")
     return folder
 
 
-def _candidates(config: configs.Digits) -> dict[str, list[configs.Settings]]:
-    sam_grid = itertools.product(_LEARNING_RATES, _RHOS)
-    crsam_grid = itertools.product(_LEARNING_RATES, _RHOS, _ALPHAS_BETAS)
+def space_of(recipe: Recipe, ranges: Sequence[str] = ()) -> dict[str, tuple[float, float]]:
+    """The ranges that are searched for a recipe's method.
+
+    Args:
+      recipe: of the arm.
+      ranges: ``key=low:high``, in place of the default ones; a setting that is no method's own is searched for all.
+
+    Raises:
+      ValueError: for a range that is none.
+
+    Example:
+      >>> from experiments import recipes
+      >>> space_of(recipes.get("digits"), ["learning_rate=0.01:1", "weight_decay=1e-5:1e-3", "sam.rho=0.1:0.2"])
+      {'learning_rate': (0.01, 1.0), 'weight_decay': (1e-05, 0.001)}
+    """
+    own = ("learning_rate", *METHODS[recipe.method].tunes)
+    default = SPACE | {"learning_rate": (recipe.learning_rate / 10, recipe.learning_rate * 10)}
+    space = {key: default[key] for key in own}
+    for text in ranges:
+        key, _, ends = text.partition("=")
+        try:
+            low, high = map(float, ends.split(":"))
+        except ValueError:
+            low = high = 0.0
+        if not 0 < low < high:
+            raise ValueError(f"A range is key=low:high with 0 < low < high, got {text!r}.")
+        if key in own or key not in SPACE:
+            space[key] = (low, high)
+    return space
+
+
+def sample(space: Space, count: int) -> list[dict[str, float]]:
+    """The first points of a scrambled Sobol sequence on the logarithms of the ranges, to three digits."""
+    low, high = (np.log([ends[i] for ends in space.values()]) for i in (0, 1))
+    unit = qmc.Sobol(len(space), seed=0).random_base2(max(count - 1, 0).bit_length())[:count]
+    return [
+        {key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)}
+        for point in np.exp(low + unit * (high - low))
+    ]
+
+
+def _search(arm: str, recipe: Recipe, config: Tune, changes: Changes, folder: Path) -> list[list[Job]]:
+    """The jobs of an arm: for each trial one a seed."""
+    own = arms.resolve(recipe, arm, dict(changes) | {"evaluate_on": "validation"}, FIRST_SEED)
+    trials = []
+    for number, point in enumerate(sample(space_of(own, config.space), config.trials)):
+        one = changed(own, point)
+        seeds = [dataclasses.replace(one, seed=FIRST_SEED + index) for index in range(config.seeds)]
+        trials.append([Job(arm, s, folder / f"trial{number}" / arms.folder_name(arm, s.seed)) for s in seeds])
+    return trials
+
+
+def _row(arm: str, trial: int, seeds: Sequence[Job], names: Sequence[str]) -> dict[str, Any]:
+    """A row of trials.csv."""
+    found, settings = [jobs.read_result(job) for job in seeds], flat(seeds[0].recipe)
+    accuracy, deviation = mean_and_deviation([result.test_accuracy for result in found])
+    loss, _ = mean_and_deviation([result.test_loss for result in found])
     return {
-        "sgd": [configs.Sgd(learning_rate) for learning_rate in _LEARNING_RATES],
-        "sam": [configs.Sam(learning_rate, rho) for learning_rate, rho in sam_grid],
-        "crsam": [
-            dataclasses.replace(config.crsam, learning_rate=learning_rate, rho=rho, alpha=alpha, beta=beta)
-            for learning_rate, rho, (alpha, beta) in crsam_grid
-        ],
-    }
+        "arm": arm, "trial": trial, "accuracy": accuracy, "accuracy_std": deviation, "loss": loss,
+        "seeds": len(found), "failed": sum(bool(result.error) for result in found),
+        **{key: settings[key] for key in names},
+    }  # fmt: skip
 
 
-def _trial(method: str, config: configs.Digits, program: Program) -> Trial:
-    last = []
-    for seed in _SEEDS:
-        *_, record = train(config, method, seed, make_task(config, seed, evaluate_on="validation"), program)
-        last.append(record)
-    accuracies = [record.test_accuracy for record in last]
-    loss = statistics.fmean(record.test_loss for record in last)
-    return Trial(method, str(getattr(config, method)), statistics.fmean(accuracies), statistics.stdev(accuracies), loss)
+def _difference(one: Recipe, common: Recipe) -> dict[str, Any]:
+    """The settings in which an arm's recipe is not that of all arms."""
+    besides, ignored = flat(common), {"method", "seed", "epochs", "evaluate_on", "per_method"}
+    return {key: value for key, value in flat(one).items() if key not in ignored and value != besides.get(key)}

@@ -1,4 +1,4 @@
-"""The main job: its data, its settings, its table, and what an interruption leaves."""
+"""Comparisons: the arms, the main job's data, tables and differences, and what an interruption leaves."""
 
 import csv
 import dataclasses
@@ -11,138 +11,252 @@ import numpy as np
 import optax
 import pytest
 
-from experiments import compare, configs, runs, training
-from experiments.data import digits
-from experiments.methods import METHODS, evaluations_per_step, settings_of, with_settings
+pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
+pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
+
+from experiments import arms, compare, jobs, optimizers, overrides, recipes, summary
+from experiments.configs import Compare, Run
+from experiments.data import digits, subset
+from experiments.inputs import load
+from experiments.intervals import paired, seeds_needed
+from experiments.jobs import Job, Result
+from experiments.logs import read_epochs
+from experiments.methods import METHODS
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
-TINY = configs.Digits(methods=("sgd", "sam"), seeds=2, train_examples=64, epochs=2, batch_size=32, width=4)
+TINY = dataclasses.replace(
+    recipes.get("digits"), epochs=2, batch_size=32, examples_per_class=7, model_options={"width": 4}
+)  # fmt: skip
+QUICK = Run(keep=None, log_steps=0, probe_examples=20, devices=1)
+TWO = Compare(methods=("base", "sam"), seeds=2)
 
 
-def record(method, seed, epoch, accuracy, seconds=1.0):
-    return training.EpochRecord(method, seed, epoch, 1.0, 50.0, 0.5, accuracy, 0.1, 2.0, 1.0, seconds)
+def result(arm, seed, accuracy, seconds=1.0):
+    return Result(arm, seed, "", 2, accuracy, 0.5, 0.1, accuracy, 1.0, 50.0, 0.1, 2.0, None, None, 1.0, 10.0, seconds)
+
+
+def run_of(folder):
+    return dataclasses.replace(QUICK, out=folder)
+
+
+@pytest.fixture(scope="module")
+def folder(compiled, tmp_path_factory):
+    """Of a comparison that ran to its end."""
+    return compare.compare("digits", TINY, TWO, {}, run_of(tmp_path_factory.mktemp("compare")))
+
+
+def read(path):
+    with path.open() as file:
+        return list(csv.DictReader(file))
 
 
 def test_the_parts_of_the_data_share_no_image_and_hold_all_of_it():
-    parts = digits.load(500)
+    data = digits.load()
+    parts = [*subset.split_validation(data.train, 0.5, seed=0), data.test]
     assert [len(part.labels) for part in parts] == [500, 500, 797]
     everything = np.concatenate([part.images.reshape(len(part.images), -1) for part in parts])
-    whole = digits.load_digits().images.astype(np.uint8).reshape(1797, -1)
+    whole = (15 * digits.load_digits().images).astype(np.uint8).reshape(1797, -1)
     assert sorted(map(bytes, everything)) == sorted(map(bytes, whole))
     for part in parts:
         counts = np.bincount(part.labels, minlength=10)
         assert counts.max() <= 1.15 * counts.min()
 
 
-def test_validation_and_test_do_not_depend_on_the_number_of_training_images():
-    few, many = digits.load(100), digits.load(600)
-    np.testing.assert_array_equal(few.validation.images, many.validation.images)
+def test_validation_and_test_do_not_depend_on_seed_and_number_of_training_images():
+    few = dataclasses.replace(TINY, evaluate_on="validation", seed=3)
+    np.testing.assert_array_equal(
+        load(few).test.images, load(dataclasses.replace(few, seed=4, examples_per_class=40)).test.images
+    )
+    assert not np.array_equal(load(few).train.images, load(dataclasses.replace(few, seed=4)).train.images)
 
 
-@pytest.mark.parametrize("train_examples", [5, 1250])
-def test_an_impossible_split_says_what_is_possible(train_examples):
-    with pytest.raises(ValueError, match=f"between 10 and 1197.*got {train_examples}"):
-        digits.load(train_examples)
+def test_without_held_out_data_there_is_no_validation():
+    with pytest.raises(ValueError, match="--validation-fraction"):
+        load(dataclasses.replace(TINY, evaluate_on="validation", validation_fraction=0.0))
 
 
-def test_a_batch_order_covers_each_example_at_most_once():
-    data = (np.arange(70), np.arange(70))
-    batches = list(training._batches(data, 32, np.random.default_rng(0)))
-    seen = np.concatenate([batch[0] for batch in batches])
-    assert len(seen) == len(set(seen)) == 64
+def test_a_run_writes_results_recipes_tables_and_plots(folder):
+    rows = read(folder / "runs.csv")
+    assert [(row["arm"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1"), ("sam", "0"), ("sam", "1")]
+    assert rows[2]["settings"] == "learning_rate=0.03 sam.rho=0.2"
+    assert float(rows[2]["evaluations_per_step"]) == 2
+    last = read_epochs(folder / "sam-seed1" / "metrics.csv")[-1]
+    assert float(rows[3]["test_accuracy"]) == last.test_accuracy
+    assert float(rows[3]["calibration_error"]) == last.calibration_error
+    assert json.loads((folder / "recipes.json").read_text())["sam"]["learning_rate"] == 0.03
+    assert "| SAM |" in (folder / "table.md").read_text()
+    assert "| against SGD |" in (folder / "table.md").read_text()
+    for name in ("curves.png", "time.png"):
+        assert (folder / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_complete_runs_are_read_and_more_seeds_are_added(folder, monkeypatch):
+    trained = []
+    monkeypatch.setattr(jobs, "train", lambda name, recipe, run, quiet: trained.append((recipe.method, recipe.seed)))
+    compare.compare("digits", TINY, TWO, {}, run_of(folder))
+    assert trained == []
+    with pytest.raises(FileExistsError, match="batch_size 32 there, 16 here"):
+        compare.compare("digits", TINY, TWO, {"batch_size": 16}, run_of(folder))
+
+
+def test_several_processes_find_what_one_finds(folder, tmp_path, cache_folder):
+    config = dataclasses.replace(TWO, processes=2)
+    found = compare.compare("digits", TINY, config, {}, run_of(tmp_path / "run"))
+    names = ("arm", "seed", "settings", "epochs", "test_accuracy", "train_loss")
+    rows = [[[row[name] for name in names] for row in read(path / "runs.csv")] for path in (found, folder)]
+    for one, other in zip(*rows, strict=True):
+        assert one[:5] == other[:5]
+        assert float(one[5]) == pytest.approx(float(other[5]), rel=1e-4)
+
+
+def test_the_same_seed_gives_the_same_run(folder, tmp_path):
+    job = Job("sam", arms.resolve(TINY, "sam", {}, 1), tmp_path / "again")
+    jobs.carry_out("digits", [job], QUICK)
+    again = jobs.read_result(job)._replace(seconds=None, seconds_per_step=None)
+    assert again == jobs.read_result(job._replace(folder=folder / "sam-seed1"))._replace(
+        seconds=None, seconds_per_step=None
+    )
+
+
+def test_an_interruption_leaves_the_table_of_complete_runs(tmp_path, monkeypatch):
+    real = jobs.train
+
+    def interrupted(name, recipe, run, quiet):
+        if (recipe.method, recipe.seed) == ("sam", 1):
+            raise SystemExit(130)
+        return real(name, recipe, run, quiet)
+
+    monkeypatch.setattr(jobs, "train", interrupted)
+    with pytest.raises(SystemExit):
+        compare.compare("digits", TINY, TWO, {}, run_of(tmp_path / "run"))
+    base, sam = (tmp_path / "run" / "table.md").read_text().splitlines()[2:4]
+    assert (base.rstrip(" |")[-1], sam.rstrip(" |")[-1]) == ("2", "1")  # seeds
+
+
+def test_a_loss_that_is_not_finite_counts_as_a_guess(tmp_path):
+    config = Compare(methods=("base", "base,learning_rate=1e38"), seeds=1)
+    found = compare.compare("digits", TINY, config, {}, run_of(tmp_path / "run"))
+    fine, failed = read(found / "runs.csv")
+    assert fine["error"] == ""
+    assert "not finite" in failed["error"]
+    assert float(failed["test_accuracy"]) == 10
+    assert float(failed["test_loss"]) == np.inf
+    assert "1, 1 failed" in (found / "table.md").read_text()
+
+
+def test_equal_evaluations_are_more_epochs_for_the_cheap(tmp_path):
+    config = dataclasses.replace(TWO, seeds=1, budget="evaluations")
+    rows = read(compare.compare("digits", TINY, config, {}, run_of(tmp_path / "run")) / "runs.csv")
+    assert [(row["arm"], int(row["epochs"])) for row in rows] == [("base", 4), ("sam", 2)]
+
+
+def test_the_reference_must_be_an_arm():
+    with pytest.raises(ValueError, match="--against gsam is none of the arms: base, sam"):
+        compare.compare("digits", TINY, dataclasses.replace(TWO, against="gsam"), {}, QUICK)
 
 
 def test_the_table_is_the_mean_and_the_sample_deviation_of_the_last_epochs():
-    config = dataclasses.replace(TINY, methods=("sgd",), epochs=2)
-    records = [record("sgd", 0, 1, 0.0), record("sgd", 0, 2, 80.0), record("sgd", 1, 1, 0.0), record("sgd", 1, 2, 90.0)]
-    row = compare.summary(config, records).splitlines()[2]
-    assert row.split(" | ")[:2] == ["| SGD", f"85.0 ± {np.std([80, 90], ddof=1):.1f}"]
-    assert row.endswith("| 1.00 | 2 |")
+    results = {"base": [result("base", 0, 80.0), result("base", 1, 90.0)]}
+    [row] = summary.summarize(results, {"base": "SGD"}, "base", 0.5)
+    assert (row["test_accuracy"], row["test_accuracy_std"]) == (85.0, pytest.approx(np.std([80, 90], ddof=1)))
+    _, [line] = summary._main_table(results, [row])
+    assert line[:2] == ["SGD", f"85.0 ± {np.std([80, 90], ddof=1):.1f}"]
+    assert line[-2:] == ["1.00", "2"]
 
 
-def test_time_is_relative_to_sgd_without_the_epoch_that_compiles():
-    records = [
-        record("sgd", 0, 1, 0, 100.0),
-        record("sgd", 0, 2, 0, 2.0),
-        record("sam", 0, 1, 0, 1.0),
-        record("sam", 0, 2, 0, 5.0),
-    ]
-    assert compare._relative_time("sam", records) == "2.50"
-    assert compare._relative_time("sam", records[2:]) == "–"
+def test_time_is_relative_to_the_reference():
+    results = {"base": [result("base", 0, 80.0, 2.0)], "sam": [result("sam", 0, 81.0, 5.0)]}
+    rows = summary.summarize(results, {"base": "SGD", "sam": "SAM"}, "base", 0.5)
+    assert [row["relative_time"] for row in rows] == [1.0, 2.5]
+    [alone] = summary.summarize({"sam": results["sam"]}, {"sam": "SAM"}, "base", 0.5)
+    assert alone["relative_time"] is None
 
 
-def test_a_run_writes_metrics_settings_table_and_plot(tmp_path):
-    folder = compare.compare(TINY, tmp_path / "run")
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert len(rows) == 2 * 2 * 2
-    assert {row["method"] for row in rows} == {"sgd", "sam"}
-    assert json.loads((folder / "config.json").read_text())["train_examples"] == 64
-    assert "| SAM |" in (folder / "table.md").read_text()
-    assert (folder / "curves.png").read_bytes().startswith(b"\x89PNG")
+def test_differences_are_taken_seed_by_seed():
+    results = {
+        "base": [result("base", seed, accuracy) for seed, accuracy in enumerate((70.0, 80.0, 90.0))],
+        "sam": [result("sam", seed, accuracy) for seed, accuracy in enumerate((71.0, 82.0, 93.0))],
+        "crsam": [result("crsam", 2, 91.0)],
+    }
+    _, sam, crsam = summary.summarize(results, dict(zip(results, "abc", strict=True)), "base", 0.5)
+    expected = paired({0: 1.0, 1: 2.0, 2: 3.0}, dict.fromkeys(range(3), 0.0), comparisons=2)
+    assert (sam["difference"], sam["low"], sam["high"]) == (2.0, expected.low, expected.high)
+    assert (crsam["difference"], crsam["pairs"], crsam["seeds_needed"]) == (1.0, 1, None)
 
 
-def test_the_same_seed_gives_the_same_run():
-    def final():
-        program = training.make_program(TINY, "sam")
-        *_, last = training.train(TINY, "sam", 1, training.make_task(TINY, 1), program)
-        return last._replace(seconds_per_step=0)
-
-    assert final() == final()
-
-
-def test_an_interruption_leaves_the_metrics_and_the_table_of_complete_runs(tmp_path, monkeypatch):
-    real_train = compare.train
-
-    def interrupted(config, method, seed, task, program):
-        for number, row in enumerate(real_train(config, method, seed, task, program)):
-            if (method, seed, number) == ("sam", 1, 1):
-                raise KeyboardInterrupt
-            yield row
-
-    monkeypatch.setattr(compare, "train", interrupted)
-    folder = compare.compare(TINY, tmp_path / "run")
-    rows = list(csv.DictReader((folder / "metrics.csv").open()))
-    assert len(rows) == 7  # all but the last epoch of the last run
-    sgd, sam = (folder / "table.md").read_text().splitlines()[2:]
-    assert (sgd.rstrip(" |")[-1], sam.rstrip(" |")[-1]) == ("2", "1")  # seeds
+def test_intervals_cover_as_often_as_they_say():
+    """All four intervals of a table at once, in 95 of 100 tables."""
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(1000):
+        reference = dict(enumerate(rng.normal(size=8)))
+        found = [paired(dict(enumerate(rng.normal(0.5, 2.0, 8))), reference, comparisons=4) for _ in range(4)]
+        covered += all(difference.low < 0.5 < difference.high for difference in found)
+    assert 930 <= covered <= 975  # not independent: the reference is shared
 
 
-def test_no_earlier_result_is_overwritten(tmp_path):
-    (tmp_path / "metrics.csv").touch()
-    with pytest.raises(FileExistsError, match="--out"):
-        runs.new_folder("digits", tmp_path)
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_with_its_name():
-    config = dataclasses.replace(TINY, sgd=configs.Sgd(learning_rate=1e30), epochs=5)
-    with pytest.raises(FloatingPointError, match="sgd, seed 0: the training loss is nan"):
-        list(training.train(config, "sgd", 0, training.make_task(config, 0), training.make_program(config, "sgd")))
+def test_the_number_of_seeds_finds_the_difference_four_times_in_five():
+    rng = np.random.default_rng(0)
+    needed = seeds_needed(deviation=2.0, difference=1.0, comparisons=3)
+    samples = rng.normal(1.0, 2.0, (4000, needed))
+    zero = dict.fromkeys(range(needed), 0.0)
+    found = np.mean([paired(dict(enumerate(row)), zero, comparisons=3).low > 0 for row in samples])
+    assert found == pytest.approx(0.8, abs=0.03)
+    assert seeds_needed(float("nan"), 1.0) is None
+    assert seeds_needed(1e6, 1.0) is None
 
 
 def test_every_method_takes_a_step_and_counts_its_evaluations():
     params = {"w": jax.numpy.ones((3, 2))}
     loss_fn = lambda params, batch: (jax.numpy.sum(params["w"] ** 4), None)
     for name, method in METHODS.items():
-        tx = training.optimizer(TINY, name, loss_fn)
+        recipe = arms.resolve(TINY, name, {}, 0)
+        tx = optimizers.optimizer(recipe, loss_fn, steps_per_epoch=2)
         grads = jax.grad(loss_fn, has_aux=True)(params, None)[0]
         updates, state = tx.update(grads, tx.init(params), params, batch=0.0)
         assert bool(jax.numpy.all(jax.numpy.isfinite(optax.apply_updates(params, updates)["w"]))), name
-        assert evaluations_per_step(name, state) == method.evaluations, name
+        assert optimizers.evaluations_per_step(recipe, state) == method.evaluations, name
 
 
-def test_settings_go_to_the_method_they_belong_to():
-    changed = with_settings(TINY, "gsam", configs.Sam(0.5, 0.7))
-    assert settings_of(changed, "sam") == configs.Sam(0.5, 0.7)
-    assert changed.crsam == TINY.crsam
+def test_settings_go_to_the_method_they_belong_to_and_explicit_ones_count_more():
+    recipe = dataclasses.replace(
+        TINY, per_method={"sam": {"learning_rate": 0.5, "sam.rho": 0.7}, "gsam": {"sam.rho": 1.0}}
+    )
+    assert arms.resolve(recipe, "wsam", {}, 0).sam.rho == 0.7  # its parent's
+    own = arms.resolve(recipe, "gsam", {}, 0)
+    assert (own.learning_rate, own.sam.rho, own.per_method) == (TINY.learning_rate, 1.0, {})
+    assert arms.resolve(recipe, "base", {}, 0).learning_rate == TINY.learning_rate
+    assert arms.resolve(recipe, "sam", {"sam.rho": 0.1}, 0).sam.rho == 0.1
+    last = arms.resolve(recipe, "sam-1.5x,sam.rho=0.3", {"sam.rho": 0.1, "epochs": 4}, 5)
+    assert (last.method, last.epochs, last.seed, last.sam.rho, last.learning_rate) == ("sam", 6, 5, 0.3, 0.5)
+    assert arms.label(recipe, "sam-1.5x,sam.rho=0.3") == "SAM, 1.5× epochs, rho = 0.3"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"crsam.roh": 1.0}, "did you mean 'crsam.rho'"),
+        ({"lerning_rate": 1.0}, "did you mean 'learning_rate'"),
+        ({"learning_rate": "fast"}, "learning_rate must be of type float, got 'fast'"),
+        ({"epochs": 2.5}, "epochs must be of type int, got 2.5"),
+        ({"crsam.penalty": "lin"}, "did you mean 'linear'"),
+        ({"learning_rate.x": 1.0}, "no setting 'learning_rate.x'"),
+    ],
+)
+def test_a_bad_setting_is_named(changes, said):
+    with pytest.raises(ValueError, match=said):
+        overrides.changed(TINY, changes)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (["compare", "digitz"], "digits"),
-        (["compare", "digits", "--methods", "crsm"], "Did you mean crsam"),
+        (["compare", "digits", "--methods", "crsm"], "did you mean 'crsam'"),
         (["compare", "digits", "--sedes", "3"], "--seeds"),
+        (["compare", "digits", "--seed", "3"], "here there are --methods and --seeds"),
+        (["tune", "digits", "--space", "sam.rho=1:0"], "key=low:high"),
     ],
 )
 def test_a_bad_option_is_answered_with_the_valid_ones(arguments, said):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from crsam_jax import curvature, landscape
-from crsam_jax._mean_loss import MeanLoss
 from crsam_jax.curvature import Batches
+from crsam_jax.curvature._mean_loss import MeanLoss
 from tests.curvature_problems import cut, dense_case, example_losses
 from tests.problems import flat, mlp_loss
 

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import adaptive_ascent, asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax import Execution, adaptive_ascent, asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
 from tests.problems import MEMBERS
 
 PARAMS = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.array([3.0])}
@@ -55,8 +55,8 @@ def test_a_loss_that_is_not_callable_is_an_error_at_construction(name, bad):
 @pytest.mark.parametrize("name", MEMBERS)
 @pytest.mark.parametrize("evaluation", ["parallel", None])
 def test_an_unknown_evaluation_is_an_error_that_lists_the_valid_ones(name, evaluation):
-    with pytest.raises(ValueError, match=r"evaluation.*'auto', 'vmap', 'sequential', 'ordered'"):
-        MEMBERS[name](loss_fn, evaluation=evaluation)
+    with pytest.raises(ValueError, match=r"strategy.*'auto', 'vmap', 'sequential', 'ordered'"):
+        MEMBERS[name](loss_fn, execution=Execution(evaluation))
 
 
 @pytest.mark.parametrize("penalty", ["quadratic", None])
@@ -74,7 +74,7 @@ def test_what_is_no_ascent_is_an_error_at_construction(ascent):
 
 def test_axis_name_and_has_aux_have_types():
     with pytest.raises(TypeError, match="axis_name"):
-        crsam(loss_fn, axis_name=("data", "model"))
+        crsam(loss_fn, execution=Execution(axis_name=("data", "model")))
     with pytest.raises(TypeError, match="has_aux"):
         crsam(loss_fn, has_aux="yes")
 
@@ -117,7 +117,7 @@ def test_crsam_gradient_takes_no_schedules_and_needs_grads_under_an_axis():
         with pytest.raises(TypeError, match=f"{name}.*schedule"):
             crsam_gradient(loss_fn, **{name: lambda count: 0.1})
     with pytest.raises(ValueError, match="pass grads"):
-        crsam_gradient(loss_fn, axis_name="data")(PARAMS)
+        crsam_gradient(loss_fn, execution=Execution(axis_name="data"))(PARAMS)
 
 
 # Wrappers that hide params from the loss

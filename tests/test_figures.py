@@ -11,10 +11,10 @@ import pytest
 
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import recipes
+from experiments import recipes, tables
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.figures import command, measure, measures, network, surfaces, tables
+from experiments.figures import command, measure, measures, network, surfaces
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE
 from experiments.figures.measures import Curvature, Ratio
 from experiments.figures.settings import Figures
@@ -43,8 +43,7 @@ def write_run(folder, recipe):
     run = folder / f"{recipe.method}-seed{recipe.seed}"
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(recipe)))
-    lines = [",".join(EpochRow._fields), *(",".join(map(repr, metrics(epoch, 50.0 + epoch))) for epoch in (1, 2))]
-    (run / "metrics.csv").write_text("\n".join(lines) + "\n")
+    tables.append(run / "metrics.csv", [metrics(epoch, 50.0 + epoch) for epoch in (1, 2)])
     signature = network.signature_of(recipe, network.load(recipe))
     program = make_program(recipe, signature, start(Run(devices=1)))
     rng = np.random.default_rng(0)
@@ -195,7 +194,7 @@ def test_the_measured_loss_is_that_of_evaluation_mode(folder):
     [last] = snapshots(run, signature, [2])
     program = make_program(run.recipe, signature, start(Run(devices=1)))
     images, labels = dataset.train
-    total, correct, count = program.evaluate(
+    total, correct, count, *_ = program.evaluate(
         last.params, last.model_state, (jnp.asarray(images), jnp.asarray(labels)), None
     )
     losses, batch = network.losses_of(run.recipe, signature), network.examples(dataset.train, 1000, dataset)

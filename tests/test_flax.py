@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 
-from crsam_jax import crsam, sam
+from crsam_jax import Execution, crsam, sam
 from tests.problems import flat
 
 RNG = np.random.default_rng(0)
@@ -77,7 +77,7 @@ def test_dropout_masks_are_equal_in_all_passes():
         rng = jax.random.key(seed)
         grads = jax.grad(loss_fn)(params, rng)
         for evaluation in ("vmap", "sequential", "ordered"):
-            tx = crsam(loss_fn, rho=0.5, evaluation=evaluation)
+            tx = crsam(loss_fn, rho=0.5, execution=Execution(evaluation))
             gradient, state = tx.update(grads, tx.init(params), params, rng=rng)
             assert float(state.diagnostics.curvature) == pytest.approx(0, abs=0.1)
             assert float(state.diagnostics.slope) == pytest.approx(float(state.diagnostics.grad_norm), rel=1e-4)
@@ -94,7 +94,7 @@ def test_linen_dropout_drops_the_same_units_at_the_probes():
         jax.debug.callback(lambda mask: kept.append(np.asarray(mask)), seen["seen"]["kept"][0])
         return cross_entropy(logits, BATCH[1])
 
-    tx = crsam(loss_fn, evaluation="sequential")
+    tx = crsam(loss_fn, execution=Execution("sequential"))
     tx.update(jax.grad(loss_fn)(params, jax.random.key(3)), tx.init(params), params, rng=jax.random.key(3))
     jax.effects_barrier()
     assert len(kept) >= 4  # the caller's pass, L(w), two probes

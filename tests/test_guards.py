@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crsam_jax import crsam, sam
+from crsam_jax import Execution, crsam, sam
 from tests.problems import MEMBERS, ONE_SIDED, TWO_SIDED, flat, mlp, one_step
 
 W = {"a": jnp.array([3.0]), "b": jnp.array(4.0)}
@@ -191,14 +191,14 @@ def test_a_penalty_that_overflows_is_off(penalty):
 def test_each_step_is_counted_at_most_once_and_only_if_guarded(evaluation):
     """Plus and minus probe, both logarithms, or g itself broken at once: one count a step."""
     broken = lambda w: jnp.where(w["b"] == 4, 0.0, jnp.nan) * jnp.sum(w["a"]) - square(w)
-    tx = crsam(broken, 0.2, 0.1, 0.1, offset=0.0, max_penalty_ratio=1e-3, evaluation=evaluation)
+    tx = crsam(broken, 0.2, 0.1, 0.1, offset=0.0, max_penalty_ratio=1e-3, execution=Execution(evaluation))
     state = tx.init(W)
     history = [W, jax.tree.map(lambda x: x * jnp.nan, W), jax.tree.map(jnp.zeros_like, W), W]
     for step, grads in enumerate(history, 1):
         _, state = tx.update(grads, state, W)
         assert state.diagnostics.guarded_steps == step
     assert state.diagnostics.bounded_steps == 0
-    good = crsam(square, 0.2, 0.1, 0.1, offset=0.0, max_penalty_ratio=1e-3, evaluation=evaluation)
+    good = crsam(square, 0.2, 0.1, 0.1, offset=0.0, max_penalty_ratio=1e-3, execution=Execution(evaluation))
     _, state = good.update(W, state, W)
     assert state.diagnostics.guarded_steps == 4
     assert state.diagnostics.bounded_steps == 1

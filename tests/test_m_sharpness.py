@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from crsam_jax import (
+    Execution,
     adaptive_policy,
     crsam,
     decoupled_wsam,
@@ -35,7 +36,7 @@ BATCH = RNG.normal(size=(32, 5))
 SPLIT = BATCH.reshape(PARTS, -1, 5)
 
 # Makers of members, to be called with the options of the axis; the other evaluations are those of test_sharding.py.
-crsam = partial(crsam, rho=0.5, evaluation="sequential")
+crsam = partial(crsam, rho=0.5)
 MEMBERS = {
     "sam": partial(sam, rho=0.5),
     "crsam": crsam,
@@ -116,7 +117,7 @@ def looped(make, steps=2):
 def test_local_perturbations_are_a_loop_over_the_parts(name, mesh):
     make = MEMBERS[name]
     outs, state = looped(make)
-    tx = make(loss_fn, axis_name=AXIS, sync_perturbation=False)
+    tx = make(loss_fn, execution=Execution(axis_name=AXIS, sync_perturbation=False))
     runs = [on_mesh(tx, mesh, True, False)]
     if name in ("sam", "random probes"):
         runs += [on_mesh(tx, mesh, False, False), on_one_device(tx, False)]
@@ -133,15 +134,17 @@ def test_global_perturbations_are_those_of_one_device(name, mesh):
         return tx.update(jax.grad(loss_fn)(params, batch), state, params, batch=batch)
 
     outs, state = trained(jax.jit(step), tx, 2)
-    tx = MEMBERS[name](loss_fn, axis_name=AXIS)
+    tx = MEMBERS[name](loss_fn, execution=Execution(axis_name=AXIS))
     for found, found_state in (on_mesh(tx, mesh, True, True), on_one_device(tx, True)):
         close(found, outs)
         close(flat(found_state), flat(state))
 
 
 def test_local_perturbations_are_not_the_global_one():
-    local, _ = on_one_device(MEMBERS["sam"](loss_fn, axis_name=AXIS, sync_perturbation=False), False)
-    together, _ = on_one_device(MEMBERS["sam"](loss_fn, axis_name=AXIS), True)
+    local, _ = on_one_device(
+        MEMBERS["sam"](loss_fn, execution=Execution(axis_name=AXIS, sync_perturbation=False)), False
+    )
+    together, _ = on_one_device(MEMBERS["sam"](loss_fn, execution=Execution(axis_name=AXIS)), True)
     assert np.abs(local - together).max() > 1e-3
 
 
@@ -150,7 +153,7 @@ def test_a_broken_part_falls_back_alone_and_counts_once():
     flat_part = 3
     batch = SPLIT.copy()
     batch[flat_part] = 0  # a loss without a gradient in this part
-    tx = sam(loss_fn, 0.5, axis_name=AXIS, sync_perturbation=False)
+    tx = sam(loss_fn, 0.5, execution=Execution(axis_name=AXIS, sync_perturbation=False))
     state = tx.init(W)
     update = lambda part: tx.update(jax.grad(loss_fn)(W, part), state, W, batch=part)
     gradient, after = jax.jit(jax.vmap(update, axis_name=AXIS))(jnp.asarray(batch))
@@ -166,7 +169,7 @@ def test_a_broken_part_falls_back_alone_and_counts_once():
 def test_a_mask_that_moves_is_shared_and_keeps_its_size(check_vma, mesh):
     """It follows the averaged gradient, on one device and on eight."""
     ascent = dynamic_sparse_ascent(sparsity=0.6, drop=1.0, update_every=1)
-    tx = sam(loss_fn, 0.5, ascent=ascent, axis_name=AXIS, sync_perturbation=False)
+    tx = sam(loss_fn, 0.5, ascent=ascent, execution=Execution(axis_name=AXIS, sync_perturbation=False))
     outs, state = looped(partial(sam, rho=0.5, ascent=ascent), steps=3)
     found, found_state = on_mesh(tx, mesh, check_vma, False, steps=3)
     close(found, outs)
@@ -180,8 +183,8 @@ def test_a_mask_that_moves_is_shared_and_keeps_its_size(check_vma, mesh):
 
 @pytest.mark.parametrize(("is_synced", "check_vma"), [(True, True), (False, True), (False, False)])
 def test_decoupled_wsam_on_eight_devices(is_synced, check_vma, mesh):
-    make = partial(decoupled_wsam, loss_fn, optax.sgd(ETA, momentum=0.9), ETA, rho=0.5, gamma=0.8, axis_name=AXIS)
-    tx = make(sync_perturbation=is_synced)
+    make = partial(decoupled_wsam, loss_fn, optax.sgd(ETA, momentum=0.9), ETA, rho=0.5, gamma=0.8)
+    tx = make(execution=Execution(axis_name=AXIS, sync_perturbation=is_synced))
     found, _ = on_mesh(_signed(tx), mesh, check_vma, is_synced, steps=3)
     on_one, _ = on_one_device(_signed(tx), is_synced, steps=3)
     params, momentum, expected = jnp.asarray(W), 0, []
@@ -222,14 +225,16 @@ def test_policies_with_global_perturbations_decide_alike_on_all_devices(policy, 
     outs, state = trained(
         jax.jit(lambda w, s, b: expected.update(jax.grad(loss_fn)(w, b), s, w, batch=b)), expected, steps
     )
-    found, found_state = on_mesh(policy(gsam(loss_fn, 0.5, axis_name=AXIS)), mesh, True, True, steps)
+    found, found_state = on_mesh(
+        policy(gsam(loss_fn, 0.5, execution=Execution(axis_name=AXIS))), mesh, True, True, steps
+    )
     close(found, outs)
     close(flat(found_state), flat(state))
 
 
 def test_a_policy_over_local_perturbations_needs_its_result_averaged():
     """As its documentation says: a full step stays as it is, a step between becomes the averaged gradient."""
-    tx = periodic(sam(loss_fn, 0.5, axis_name=AXIS, sync_perturbation=False), k=2)
+    tx = periodic(sam(loss_fn, 0.5, execution=Execution(axis_name=AXIS, sync_perturbation=False)), k=2)
 
     def averaged(grads, state, params, **extra_args):
         gradient, state = tx.update(grads, state, params, **extra_args)
@@ -245,7 +250,7 @@ def test_perturbations_without_an_axis_are_plain():
     """sync_perturbation has nothing to say then, and nothing is evaluated twice."""
     recorded, points = recording(loss_fn)
     grads = jax.grad(loss_fn)(W, BATCH)
-    tx = sam(recorded, 0.5, sync_perturbation=False)
+    tx = sam(recorded, 0.5, execution=Execution(sync_perturbation=False))
     gradient, _ = tx.update(grads, tx.init(W), W, batch=BATCH)
     jax.effects_barrier()
     assert len(points) == 2

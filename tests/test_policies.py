@@ -9,6 +9,7 @@ import optax
 import pytest
 
 from crsam_jax import (
+    Execution,
     adaptive_ascent,
     adaptive_policy,
     crsam,
@@ -188,7 +189,7 @@ def test_skipped_work_is_skipped(name, on_host):
 
 @pytest.mark.parametrize("name", POLICIES)
 def test_a_choice_made_on_the_host_leaves_no_conditional_in_the_program(name):
-    tx = POLICIES[name](crsam(loss_fn, evaluation="sequential"))
+    tx = POLICIES[name](crsam(loss_fn, execution=Execution("sequential")))
     trace = lambda **options: str(jax.make_jaxpr(partial(tx.update, **options))(W, tx.init(W), W))
     assert "cond[" in trace()
     assert "cond[" not in trace(full_step=True) + trace(full_step=False)

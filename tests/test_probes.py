@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crsam_jax import crsam, probes, sam
+from crsam_jax import Execution, crsam, sam
+from crsam_jax.step import evaluation as probes
 from tests.problems import MEMBERS, ONE_SIDED, TWO_SIDED, flat, mlp, one_step, polynomial
 
 STRATEGIES = ("vmap", "sequential", "ordered", "auto")
@@ -25,7 +26,7 @@ def train_step(tx, loss_fn):
 @cache
 def compiled_step(name, evaluation="auto"):
     loss_fn, params, batch = mlp(examples=256)
-    tx = MEMBERS[name](loss_fn, evaluation=evaluation)
+    tx = MEMBERS[name](loss_fn, execution=Execution(evaluation))
     return jax.jit(train_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
 
 
@@ -43,7 +44,7 @@ def dots(compiled):
 def test_evaluations_are_the_losses_and_gradients_at_the_points(evaluation, jit, x64):
     problem = polynomial(cubic=True)
     points = [jax.tree.map(lambda x, s=s: x + s, problem.params) for s in (0.3, -0.2)]
-    evaluate = lambda *points: probes.evaluate(problem.loss, points, evaluation, None)
+    evaluate = lambda *points: probes.evaluate(problem.loss, points, Execution(evaluation))
     found = (jax.jit(evaluate) if jit else evaluate)(*points)
     for point, (loss, grads) in zip(points, found, strict=True):
         expected = problem.hessian @ flat(point) + problem.linear + problem.cubic * flat(point) ** 2 / 2
@@ -55,8 +56,8 @@ def test_evaluations_are_the_losses_and_gradients_at_the_points(evaluation, jit,
 @pytest.mark.parametrize("evaluation", STRATEGIES[1:])
 def test_all_strategies_give_the_numbers_of_vmap(name, evaluation, x64):
     loss_fn, params, batch = mlp(dtype=jnp.float64)
-    expected = one_step(MEMBERS[name](loss_fn, evaluation="vmap"), loss_fn, params, batch=batch)
-    found = one_step(MEMBERS[name](loss_fn, evaluation=evaluation), loss_fn, params, batch=batch)
+    expected = one_step(MEMBERS[name](loss_fn, execution=Execution("vmap")), loss_fn, params, batch=batch)
+    found = one_step(MEMBERS[name](loss_fn, execution=Execution(evaluation)), loss_fn, params, batch=batch)
     np.testing.assert_allclose(flat(found), flat(expected), rtol=1e-9, atol=1e-12)
 
 
@@ -108,15 +109,16 @@ def test_auto_is_sequential_on_cpu():
     assert count["vmap"] < count["sequential"]
 
 
-def test_auto_chooses_at_lowering_vmap_off_the_cpu():
+def test_auto_orders_the_evaluations_off_the_cpu_and_chooses_at_lowering():
     loss_fn, params, batch = mlp()
     tx = crsam(loss_fn)
     traced = jax.jit(train_step(tx, loss_fn)).trace(params, tx.init(params), batch)
-    products = {
-        platform: traced.lower(lowering_platforms=(platform,)).as_text().count("stablehlo.dot_general")
-        for platform in ("cpu", "cuda", "tpu")
+    text = {
+        platform: traced.lower(lowering_platforms=(platform,)).as_text() for platform in ("cpu", "cuda", "rocm", "tpu")
     }
-    assert products["cuda"] == products["tpu"] < products["cpu"]
+    barriers = {platform: found.count("optimization_barrier") for platform, found in text.items()}
+    assert barriers["cuda"] == barriers["rocm"] == barriers["tpu"] == barriers["cpu"] + 1  # between the two probes
+    assert len({found.count("stablehlo.dot_general") for found in text.values()}) == 1  # none is batched
 
 
 def test_ordered_needs_less_memory_than_sequential():
@@ -133,8 +135,8 @@ def test_ordered_needs_less_memory_than_sequential():
     memory = {}
     for name, tx in {
         "sam": sam(loss_fn),
-        "ordered": crsam(loss_fn, evaluation="ordered"),
-        "sequential": crsam(loss_fn, evaluation="sequential"),
+        "ordered": crsam(loss_fn, execution=Execution("ordered")),
+        "sequential": crsam(loss_fn, execution=Execution("sequential")),
     }.items():
         step = jax.jit(train_step(tx, loss_fn)).lower(params, tx.init(params), batch).compile()
         memory[name] = step.memory_analysis().temp_size_in_bytes

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crsam_jax import adaptive_ascent, crsam_gradient, gradient_ascent
+from crsam_jax import Execution, adaptive_ascent, crsam_gradient, gradient_ascent
 from tests.problems import MEMBERS, flat, one_step, polynomial
 
 thorough = settings(max_examples=40)
@@ -146,5 +146,5 @@ def test_any_tree_keeps_its_structure_and_shapes(name, kind):
 @pytest.mark.parametrize("kind", ["empty", "a scalar"])
 @pytest.mark.parametrize("evaluation", ["vmap", "sequential", "ordered", "auto"])
 def test_the_smallest_trees_work_in_all_strategies(kind, evaluation):
-    gradient, _ = crsam_gradient(square, evaluation=evaluation)(TREES[kind])
+    gradient, _ = crsam_gradient(square, execution=Execution(evaluation))(TREES[kind])
     assert jax.tree.structure(gradient) == jax.tree.structure(TREES[kind])

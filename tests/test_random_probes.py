@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import crsam, crsam_gradient, random_probes, sam, smoothed_ascent
+from crsam_jax import Execution, crsam, crsam_gradient, random_probes, sam, smoothed_ascent
 from tests.problems import broken_at, flat, mlp, one_step, polynomial, recording
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -28,7 +28,12 @@ def step_at(tx, loss_fn, params, count=0, **kwargs):
 def probed(problem, probes, count=0, **options):
     """The unit directions u of the pairs w ± r u at which one step evaluated the loss, [k, n]."""
     loss_fn, points = recording(problem.loss)
-    step_at(crsam(loss_fn, RHO, probes=probes, evaluation="sequential", **options), problem.loss, problem.params, count)
+    step_at(
+        crsam(loss_fn, RHO, probes=probes, execution=Execution("sequential"), **options),
+        problem.loss,
+        problem.params,
+        count,
+    )
     jax.effects_barrier()
     offsets = np.array(points) - flat(problem.params)
     offsets = offsets[np.isclose(np.linalg.norm(offsets, axis=1), probes.radius)]
@@ -138,7 +143,7 @@ def test_trace_has_the_mean_and_the_variance_of_uniform_directions():
     """E n uᵀHu = Tr H and Var = 2n/(n+2) (Tr H² − (Tr H)²/n), over many steps; a Gaussian u would have more."""
     problem, draws = polynomial(False), 4000
     h, n = problem.hessian, 6
-    tx = crsam(problem.loss, RHO, probes=random_probes(1, RADIUS), evaluation="sequential")
+    tx = crsam(problem.loss, RHO, probes=random_probes(1, RADIUS), execution=Execution("sequential"))
     estimate = lambda count: step_at(tx, problem.loss, problem.params, count)[1].trace
     traces = np.asarray(jax.jit(jax.vmap(estimate))(jnp.arange(draws)))
     variance = 2 * n / (n + 2) * (np.trace(h @ h) - np.trace(h) ** 2 / n)
@@ -181,7 +186,9 @@ def test_the_bound_scales_the_penalty_alone():
 def test_all_pairs_go_through_the_same_strategies():
     loss_fn, params, batch = mlp(dtype=jnp.float64)
     results = [
-        one_step(crsam(loss_fn, RHO, probes=random_probes(2), evaluation=evaluation), loss_fn, params, batch=batch)
+        one_step(
+            crsam(loss_fn, RHO, probes=random_probes(2), execution=Execution(evaluation)), loss_fn, params, batch=batch
+        )
         for evaluation in ("auto", "sequential", "ordered", "vmap")
     ]
     for result in results[1:]:
@@ -199,7 +206,9 @@ def test_probes_stay_inside_the_mask():
 
 def test_pure_function_takes_probes():
     problem, probes = polynomial(True), random_probes(2, RADIUS)
-    found = crsam_gradient(problem.loss, RHO, probes=probes)(problem.params)
+    gradient_fn = crsam_gradient(problem.loss, RHO, probes=probes)
+    gradient, state = gradient_fn.step(problem.params, None, gradient_fn.init(problem.params))
+    found = gradient, state.diagnostics
     close(flat(found), flat(one_step(crsam(problem.loss, RHO, probes=probes), problem.loss, problem.params)))
 
 

@@ -50,7 +50,7 @@ def train(devices, steps=6, **changes):
     recipe = dataclasses.replace(RECIPE, **changes)
     mesh = scale.start(Run(devices=devices))
     inputs = in_memory(recipe, DATA, mesh)
-    program = make_program(recipe, inputs.signature, mesh, inputs.select)
+    program = make_program(recipe, inputs.signature, mesh)
     state, losses = program.init(recipe.seed), []
     for step in range(steps):
         state = program.step(state, inputs.feed(step))

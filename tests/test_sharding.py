@@ -11,7 +11,7 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from crsam_jax import crsam_gradient
+from crsam_jax import Execution, crsam_gradient
 from tests.problems import MEMBERS, mlp
 
 AXIS = "data"
@@ -76,7 +76,7 @@ def averaged_gradient(check_vma):
     ("name", "evaluation"), [("sam", "auto"), ("crsam", "auto"), ("crsam", "ordered"), ("crsam", "vmap")]
 )
 def test_shard_map_averages_the_probes_over_the_axis(name, check_vma, evaluation, mesh):
-    tx = transformation(name, axis_name=AXIS, evaluation=evaluation)
+    tx = transformation(name, execution=Execution(evaluation, axis_name=AXIS))
     step = jax.shard_map(
         lambda p, s, b: train(tx, averaged_gradient(check_vma), p, s, b),
         mesh=mesh, in_specs=(P(), P(), P(AXIS)), out_specs=P(), check_vma=check_vma,
@@ -87,7 +87,7 @@ def test_shard_map_averages_the_probes_over_the_axis(name, check_vma, evaluation
 
 @pytest.mark.parametrize("name", NAMES)
 def test_pmap_averages_the_probes_over_the_axis(name, mesh):
-    tx = transformation(name, axis_name=AXIS)
+    tx = transformation(name, execution=Execution(axis_name=AXIS))
     split = jax.tree.map(lambda x: x.reshape(8, -1, *x.shape[1:]), BATCH)
     step = jax.pmap(
         lambda p, s, b: train(tx, averaged_gradient(False), p, s, b),
@@ -111,7 +111,7 @@ def test_without_axis_name_each_device_probes_its_own_shard(mesh):
 
 
 def test_pure_function_under_shard_map(mesh):
-    gradient_fn = crsam_gradient(LOSS_FN, 0.5, axis_name=AXIS)
+    gradient_fn = crsam_gradient(LOSS_FN, 0.5, execution=Execution(axis_name=AXIS))
     step = jax.shard_map(
         lambda p, b: gradient_fn(p, averaged_gradient(True)(p, b), batch=b),
         mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(),
@@ -125,7 +125,7 @@ def test_pure_function_under_shard_map(mesh):
 def test_aux_and_half_precision_pass_through_shard_map(check_vma, mesh):
     """Losses of a narrower dtype and a dropped aux do not disturb the averaging."""
     loss_fn = lambda params, batch: (LOSS_FN(params, batch).astype(jnp.bfloat16), batch)
-    tx = MEMBERS["crsam"](loss_fn, rho=0.2, axis_name=AXIS, has_aux=True)
+    tx = MEMBERS["crsam"](loss_fn, rho=0.2, execution=Execution(axis_name=AXIS), has_aux=True)
     step = jax.shard_map(
         lambda p, b: tx.update(averaged_gradient(check_vma)(p, b), tx.init(p), p, batch=b)[1].diagnostics.loss,
         mesh=mesh, in_specs=(P(), P(AXIS)), out_specs=P(), check_vma=check_vma,

@@ -48,7 +48,10 @@ def assert_same_run(folder, expected):
     jax.tree.map(np.testing.assert_array_equal, found, wanted)
     assert read_steps(folder / "steps.jsonl") == read_steps(expected / "steps.jsonl")
     rows = [
-        [row._replace(images_per_second=0.0, waiting_percent=0.0) for row in read_epochs(path / "metrics.csv")]
+        [
+            row._replace(images_per_second=0.0, waiting_percent=0.0, seconds=0.0)
+            for row in read_epochs(path / "metrics.csv")
+        ]
         for path in (folder, expected)
     ]
     assert rows[0] == rows[1]
@@ -73,7 +76,7 @@ def test_a_checkpoint_evaluates_to_what_was_logged(whole):
     for step in checkpoint_steps(whole)[-2:]:
         result = evaluate_run(whole, step=step, run=run_of(whole))
         [row] = [row for row in rows if row.step == step]
-        assert result == pytest.approx((row.test_loss, row.test_accuracy), rel=1e-6)
+        assert result == pytest.approx((row.test_loss, row.test_accuracy, row.calibration_error), rel=1e-6)
 
 
 def test_killed_and_gone_on_equals_uninterrupted(whole, compiled, tmp_path):
@@ -119,6 +122,13 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(kind, whole, tmp_path, mon
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     train(NAME, RECIPE, run_of(tmp_path))
     assert_same_run(tmp_path, whole)
+
+
+def test_an_epoch_may_be_a_single_step(tmp_path):
+    recipe = dataclasses.replace(RECIPE, method="base", batch_size=1000, epochs=2)
+    rows = read_epochs(train(NAME, recipe, run_of(tmp_path)) / "metrics.csv")
+    assert [row.step for row in rows] == [1, 2]
+    assert all(row.seconds > 0 and row.images_per_second > 0 for row in rows)
 
 
 def test_a_complete_run_is_left_as_it_is(whole):

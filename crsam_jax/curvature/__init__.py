@@ -9,7 +9,7 @@ The loss must be a mean over independent examples. So a model with BatchNorm is 
 with stored statistics; in training mode the loss of a data set would depend on how it is cut into batches.
 """
 
-from crsam_jax._batches import Batches
+from crsam_jax.curvature._batches import Batches
 from crsam_jax.curvature.hessian import gradient_norm, hessian_vector_product
 from crsam_jax.curvature.ratio import ApproximationRatio, approximation_ratio
 from crsam_jax.curvature.sharpness import (

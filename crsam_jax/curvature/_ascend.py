@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _tree
-from crsam_jax._checks import check_number, check_whole_number
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_number, check_whole_number
 
 AscentStep = Callable[[Any, Any, float, float], Any]
 
@@ -15,8 +15,8 @@ AscentStep = Callable[[Any, Any, float, float], Any]
 @jax.jit
 def ascent_step(offset: Any, gradient: Any, step_size: float, rho: float) -> Any:
     """The offset moved by ``step_size`` along the unit gradient, then projected onto the ball of radius ρ."""
-    moved = jax.tree.map(lambda u, v: u + step_size * v, offset, _tree.unit(gradient))
-    length = _tree.norm(moved)
+    moved = jax.tree.map(lambda u, v: u + step_size * v, offset, trees.unit(gradient))
+    length = trees.norm(moved)
     shrink = jnp.where(length > rho, rho / length, 1)
     return jax.tree.map(lambda u: shrink * u, moved)
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import _tree
-from crsam_jax._batches import Data, ExampleCount
-from crsam_jax._loss import LossFn
-from crsam_jax._mean_loss import MeanLoss, Progress, like_params, widened_params
+from crsam_jax.curvature._batches import Data, ExampleCount
+from crsam_jax.curvature._mean_loss import MeanLoss, Progress, like_params, widened_params
+from crsam_jax.step import trees
+from crsam_jax.step.types import LossFn
 
 
 def gradient_norm(
@@ -53,7 +53,7 @@ def gradient_norm(
     """
     params = widened_params(params)
     loss = MeanLoss(loss_fn, data, has_aux, example_count)
-    return float(_tree.norm(loss.gradient(params)))
+    return float(trees.norm(loss.gradient(params)))
 
 
 def hessian_vector_product(

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crsam_jax import _tree
-from crsam_jax._batches import Data, example_arguments, iterate, leading_axis, num_batches
-from crsam_jax._checks import check_choice, check_number
-from crsam_jax._loss import LossBinder, LossFn
-from crsam_jax._mean_loss import Progress, widened_params
 from crsam_jax.curvature._ascend import AscentStep, ascend, ascent_step, check_ascent_arguments, shifted
+from crsam_jax.curvature._batches import Data, example_arguments, iterate, leading_axis, num_batches
+from crsam_jax.curvature._mean_loss import Progress, widened_params
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_choice, check_number
+from crsam_jax.step.loss import LossBinder
+from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -187,7 +188,7 @@ def _losses(params: Any, batch: dict[str, Any], offset: Any, *, example_losses_f
             "example_losses_fn must return the loss of each example, real and floating of shape [examples], but it "
             f"returned shape {losses.shape} and dtype {losses.dtype}; do not average over the examples."
         )
-    return _tree.widen(losses)
+    return trees.widen(losses)
 
 
 @functools.partial(jax.jit, static_argnames="example_losses_fn")

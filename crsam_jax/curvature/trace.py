@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import _tree
-from crsam_jax._batches import Data, ExampleCount
-from crsam_jax._checks import check_choice, check_number, check_whole_number
-from crsam_jax._loss import LossFn
-from crsam_jax._mean_loss import MeanLoss, Progress, widened_params
 from crsam_jax.curvature import _matfree
+from crsam_jax.curvature._batches import Data, ExampleCount
+from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
 from crsam_jax.curvature._xtrace import xtrace
 from crsam_jax.curvature.hessian import flat_hessian
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_choice, check_number, check_whole_number
+from crsam_jax.step.types import LossFn
 
 ESTIMATORS = ("rademacher", "gaussian", "xtrace")
 
@@ -182,7 +182,7 @@ def normalized_hessian_trace(
         progress=progress,
     )
     params = widened_params(params)
-    norm = float(_tree.norm(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params)))
+    norm = float(trees.norm(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params)))
     with np.errstate(divide="ignore", invalid="ignore"):
         mean, error = np.array([trace.mean, trace.standard_error]) / norm
     return NormalizedTrace(float(mean), float(error), trace, norm)

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from crsam_jax import _tree
-from crsam_jax._batches import Data, ExampleCount
-from crsam_jax._checks import check_choice, check_whole_number
-from crsam_jax._loss import LossFn
-from crsam_jax._mean_loss import MeanLoss, like_params, widened_params
+from crsam_jax.curvature._batches import Data, ExampleCount
+from crsam_jax.curvature._mean_loss import MeanLoss, like_params, widened_params
 from crsam_jax.landscape.filters import Axes, resolved
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_choice, check_whole_number
+from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -119,13 +119,13 @@ def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
     """
     found: list[Any] = []
     for i, direction in enumerate(directions):
-        rest = _tree.unit(like_params(f"directions[{i}]", direction, _tree.widen(directions[0])))
+        rest = trees.unit(like_params(f"directions[{i}]", direction, trees.widen(directions[0])))
         for _ in range(2):  # twice is enough
             for previous in found:
                 rest = _without(rest, previous)
-        if not _tree.norm(rest) > 100 * jnp.finfo(_tree.wide_dtype(rest)).eps:
+        if not trees.norm(rest) > 100 * jnp.finfo(trees.wide_dtype(rest)).eps:
             raise ValueError(f"directions[{i}] is zero, not finite, or lies in the span of those before it.")
-        found.append(_tree.unit(rest))
+        found.append(trees.unit(rest))
     return tuple(found)
 
 
@@ -161,7 +161,7 @@ def plane_through(first: Any, second: Any, third: Any) -> Plane:
         for name, point in (("second", second), ("third", third))
     ]
     directions = orthonormalized(edges)
-    coordinates = [[float(_tree.dot(edge, direction)) for direction in directions] for edge in edges]
+    coordinates = [[float(trees.dot(edge, direction)) for direction in directions] for edge in edges]
     coordinates[0][1] = 0.0
     return Plane(origin, (directions[0], directions[1]), np.array([[0.0, 0.0], *coordinates]))
 
@@ -196,12 +196,12 @@ def gradient_direction(
       [0.6 0.8]
     """
     params = widened_params(params)
-    return _tree.unit(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params))
+    return trees.unit(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params))
 
 
 def _without(tree: Any, unit: Any) -> Any:
     """``tree`` less its component along ``unit``."""
-    component = _tree.dot(tree, unit)
+    component = trees.dot(tree, unit)
     return jax.tree.map(lambda x, u: x - component * u, tree, unit)
 
 

@@ -43,7 +43,7 @@ def take_per_class(split: Split, count: int, seed: int) -> Split:
     Raises:
       ValueError: if ``count`` is not positive, or a class has fewer examples.
     """
-    chosen, _ = _divide(split.labels, dict.fromkeys(np.unique(split.labels).tolist(), count), seed)
+    chosen, _ = divide(split.labels, dict.fromkeys(np.unique(split.labels).tolist(), count), seed)
     return Split(split.images[chosen], split.labels[chosen])
 
 
@@ -65,11 +65,11 @@ def split_validation(split: Split, fraction: float, seed: int) -> tuple[Split, S
         raise ValueError(f"The validation fraction must be in (0, 1), got {fraction:g}.")
     classes, sizes = np.unique(split.labels, return_counts=True)
     counts = {label: round(fraction * size) for label, size in zip(classes.tolist(), sizes.tolist(), strict=True)}
-    chosen, rest = _divide(split.labels, counts, seed)
+    chosen, rest = divide(split.labels, counts, seed)
     return Split(split.images[rest], split.labels[rest]), Split(split.images[chosen], split.labels[chosen])
 
 
-def _divide(labels: np.ndarray, counts: dict[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
+def divide(labels: np.ndarray, counts: dict[int, int], seed: int) -> tuple[np.ndarray, np.ndarray]:
     """Indices of ``counts[label]`` random examples of each class, and of all others; both ascending."""
     rng = np.random.default_rng(seed)
     is_chosen = np.zeros(len(labels), bool)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments.figures import tables
+from experiments import tables
 from experiments.figures.curvature_plots import figure_1, figure_2
 from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
 from experiments.figures.measures import Curvature, Ratio
@@ -51,7 +51,7 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     if what in ("all", "figure5"):
         figure_5(trained, labels, out)
     if what in ("all", "table3"):
-        print(table_3(curvature, trained, labels, out))
+        tables.show(table_3(curvature, trained, labels, out))
     if what == "html":
         interactive(points, labels, out)
     print(f"Numbers and figures are in {out}.")

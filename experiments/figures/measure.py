@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from experiments.figures import tables
+from experiments import tables
 from experiments.figures.measures import Curvature, Ratio, measure_curvature, measure_ratio
 from experiments.figures.network import Losses, examples, load, losses_of, signature_of
 from experiments.figures.settings import Figures

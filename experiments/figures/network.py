@@ -6,14 +6,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from flax import nnx
 
 from experiments import inputs
 from experiments.augment import normalize
 from experiments.data import subset
 from experiments.data.dataset import Dataset, Split
 from experiments.inputs import Batch, Signature
-from experiments.program import make_network
+from experiments.network import make_network
 from experiments.recipes import Recipe
 
 
@@ -35,24 +34,18 @@ class Losses(NamedTuple):
 
 def losses_of(recipe: Recipe, signature: Signature) -> Losses:
     """Builds the loss of a recipe's network in evaluation mode, with stored statistics."""
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_network(recipe, signature, 0)))
-
-    def logits_of(params: Any, images: jax.Array, model_state: Any) -> jax.Array:
-        model = nnx.merge(graphdef, params, model_state, copy=True)
-        model.eval()
-        logits: jax.Array = model(images)
-        return logits
+    network = make_network(recipe, signature)
 
     def each(params: Any, batch: Batch, model_state: Any) -> jax.Array:
         images, labels = batch
-        return optax.softmax_cross_entropy_with_integer_labels(logits_of(params, images, model_state), labels)
+        return optax.softmax_cross_entropy_with_integer_labels(network.logits(params, model_state, images), labels)
 
     def mean(params: Any, batch: Batch, model_state: Any) -> jax.Array:
         return jnp.mean(each(params, batch, model_state))
 
     def accuracy(params: Any, batch: Batch, model_state: Any) -> jax.Array:
         images, labels = batch
-        return 100 * jnp.mean(jnp.argmax(logits_of(params, images, model_state), -1) == labels)
+        return 100 * jnp.mean(jnp.argmax(network.logits(params, model_state, images), -1) == labels)
 
     return Losses(mean, each, accuracy)
 

@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.figures.measures import Curvature
-from experiments.figures.tables import mean_and_deviation
 from experiments.figures.trained import Trained
+from experiments.tables import mean_and_deviation
 
 _FIELDS = ("gradient_norm", "trace", "normalized_trace", "top_eigenvalue")
 _TITLES = {

@@ -2,25 +2,25 @@
 
 import contextlib
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 
-from experiments import logs, recipes
-from experiments.checkpoints import Checkpoints
+from experiments import logs
+from experiments.checkpoints import Checkpoints, check
 from experiments.configs import Run
 from experiments.inputs import Signature
 from experiments.logs import EpochRow
 from experiments.optimizers import method_of
 from experiments.program import make_program
 from experiments.recipes import Recipe
+from experiments.restore import read_recipe
 from experiments.scale import start
 
 # What may differ between runs that are drawn together.
-_OWN = {"method", "seed", "sam", "crsam", "learning_rate", "weight_decay"}
+_OWN = {"method", "seed", "sam", "asam", "crsam", "learning_rate", "weight_decay"}
 
 _FIRST = ("base", "sam", "crsam")
 
@@ -49,7 +49,8 @@ def find_runs(folder: Path) -> list[Trained]:
       FileNotFoundError: if there is none.
       ValueError: if they differ in more than method, seed and the methods' settings.
     """
-    found = [_open(path.parent) for path in sorted(folder.glob("*/config.json"))]
+    folders = {path.parent for name in ("config.json", "metrics.csv") for path in folder.glob(f"*/{name}")}
+    found = [_open(path) for path in sorted(folders)]
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no training runs. To train some: python -m experiments train NAME --keep-every 1"
@@ -76,7 +77,8 @@ def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) ->
 
 
 def _open(folder: Path) -> Trained:
-    recipe = recipes.from_dict(json.loads((folder / "config.json").read_text()))
+    check(folder)
+    recipe = read_recipe(folder)
     return Trained(folder, recipe, method_of(recipe).label, logs.read_epochs(folder / "metrics.csv"))
 
 

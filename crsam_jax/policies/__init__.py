@@ -1,0 +1,1 @@
+"""When to pay: wrappers that take the full method only at some steps."""

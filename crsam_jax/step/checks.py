@@ -1,0 +1,131 @@
+"""Validation of numbers and trees, with messages that say what to do."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crsam_jax.step.types import ScalarOrSchedule
+
+
+def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
+    """Checks that a constant is a number in [0, below); tracers pass, their value is not known yet.
+
+    Raises:
+      TypeError: if it is not a real number.
+      ValueError: if it is negative, not finite, or not below ``below``.
+    """
+    if isinstance(value, jax.core.Tracer):
+        return
+    try:
+        if isinstance(value, (bool, str)) or np.ndim(value):
+            raise TypeError
+        number = float(value)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be a real number, got {value!r}.") from error
+    if not (0 <= number < below and math.isfinite(number)):
+        bounds = "finite and not negative" if math.isinf(below) else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {bounds}, got {number:g}.")
+
+
+def check_hyperparameter(name: str, value: ScalarOrSchedule, *, below: float = math.inf) -> None:
+    """As :func:`check_number`; a schedule passes too."""
+    if not callable(value):
+        check_number(name, value, below=below)
+
+
+def check_seed(seed: Any) -> None:
+    """Checks that a seed is an integer; tracers pass.
+
+    Raises:
+      TypeError: if it is not.
+    """
+    if isinstance(seed, bool) or not isinstance(seed, (int, jax.Array)):
+        raise TypeError(f"seed must be an integer, got {seed!r}.")
+
+
+def value_at(value: ScalarOrSchedule, count: Any, dtype: Any) -> jax.Array:
+    """The value of a constant or schedule at a step count, as a strongly typed scalar."""
+    return jnp.asarray(value(count) if callable(value) else value, dtype)
+
+
+def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Checks that ``value`` is one of ``choices``.
+
+    Raises:
+      ValueError: naming the valid ones, if it is not.
+    """
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
+
+
+def check_whole_number(name: str, value: Any, *, at_least: int) -> None:
+    """Checks that ``value`` is an int of at least ``at_least``.
+
+    Raises:
+      TypeError: if it is not an int.
+      ValueError: if it is too small.
+    """
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+    if value < at_least:
+        raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+
+
+def check_params(params: Any) -> None:
+    """Checks that params are there, whole, and made of real floating arrays.
+
+    Raises:
+      ValueError: if params is None, or a mask hides part of it.
+      TypeError: if a leaf is complex or integer.
+    """
+    if params is None:
+        raise ValueError("params is None, but the loss is evaluated at params: call update(grads, state, params, ...).")
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
+    for path, leaf in leaves:
+        where = jax.tree_util.keystr(path) or "the root"
+        if _is_hidden(leaf):
+            raise ValueError(
+                f"params is hidden at {where}: an optax.masked or optax.partition stands around this "
+                "transformation, which cannot evaluate the loss on part of the parameters. Put it first in the "
+                "chain, outside of them; to perturb only part of the parameters, use its argument mask=."
+            )
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.floating):
+            raise TypeError(
+                f"params has dtype {dtype} at {where}; only real floating leaves can be perturbed. Keep other "
+                "leaves out of params and pass them to loss_fn as an argument of its own."
+            )
+
+
+def check_gradient(grads: Any, params: Any) -> None:
+    """Checks that the gradient has the structure and the shapes of params.
+
+    Raises:
+      ValueError: naming the place, if it does not.
+      TypeError: if a leaf is not real and floating.
+    """
+    found: Any = jax.tree.structure(grads)
+    expected: Any = jax.tree.structure(params)
+    if found != expected:
+        raise ValueError(
+            "The gradient does not have the tree structure of params: pass the gradient of loss_fn with respect "
+            f"to the same params. Gradient: {found}; params: {expected}."
+        )
+    for (path, grad), param in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=True):
+        where = jax.tree_util.keystr(path) or "the root"
+        if jnp.shape(grad) != jnp.shape(param):
+            raise ValueError(
+                f"The gradient has shape {jnp.shape(grad)} at {where} where params has {jnp.shape(param)}; "
+                "it must be the gradient of loss_fn with respect to the same params."
+            )
+        if not jnp.issubdtype(jnp.result_type(grad), jnp.floating):
+            raise TypeError(f"The gradient has dtype {jnp.result_type(grad)} at {where}; it must be real and floating.")
+
+
+def _is_hidden(leaf: Any) -> bool:
+    return isinstance(leaf, optax.MaskedNode)

@@ -1,0 +1,108 @@
+"""What a step saw, beside the gradient: scalars in float32, or float64 if the params are, and int32 counts.
+
+They cost no gradient evaluation. Read one from an optimizer state by ``optax.tree.get(opt_state, "curvature")``.
+Before the first step, and where nothing was perturbed, a measure along v is 0. A field that ends in ``_steps`` counts.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+class OneSidedDiagnostics(NamedTuple):
+    """Of a step at w and w + ρv.
+
+    Attributes:
+      loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.
+      loss_plus: L⁺ = L(w + ρv).
+      grad_norm: ‖g‖ over the whole tree.
+      cosine: cosine of the angle between g and the gradient returned.
+      curvature: ⟨v, g⁺ − g⟩/(ρ‖v‖²) ≈ vᵀHv/‖v‖².
+      guarded_steps: how many steps so far fell back on g.
+    """
+
+    loss: jax.Array
+    loss_plus: jax.Array
+    grad_norm: jax.Array
+    cosine: jax.Array
+    curvature: jax.Array
+    guarded_steps: jax.Array
+
+
+class TwoSidedDiagnostics(NamedTuple):
+    """Of a step at w, w + ρv and w − ρv.
+
+    Attributes:
+      loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.
+      loss_plus: L⁺ = L(w + ρv).
+      loss_minus: L⁻ = L(w − ρv).
+      grad_norm: ‖g‖ over the whole tree.
+      cosine: cosine of the angle between g and the gradient returned.
+      slope: D/(2ρ‖v‖) ≈ vᵀ∇L/‖v‖, which is ‖g‖ along the gradient. Far from ``grad_norm`` means that the gradient
+        passed in is not that of the loss: other data, other dropout mask, scaled or clipped.
+      curvature: S/(ρ²‖v‖²) ≈ vᵀHv/‖v‖².
+      normalized_curvature: curvature/‖g‖, the paper's C(w) along v.
+      penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
+      guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
+      bounded_steps: in how many steps so far the penalty was scaled down to its bound.
+    """
+
+    loss: jax.Array
+    loss_plus: jax.Array
+    loss_minus: jax.Array
+    grad_norm: jax.Array
+    cosine: jax.Array
+    slope: jax.Array
+    curvature: jax.Array
+    normalized_curvature: jax.Array
+    penalty_ratio: jax.Array
+    guarded_steps: jax.Array
+    bounded_steps: jax.Array
+
+
+class RandomProbesDiagnostics(NamedTuple):
+    """Of a step at w, w + ρv and k random pairs w ± r uᵢ.
+
+    Attributes:
+      loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.
+      loss_plus: L⁺ = L(w + ρv).
+      grad_norm: ‖g‖ over the whole tree.
+      cosine: cosine of the angle between g and the gradient returned.
+      curvature: ⟨v, g⁺ − g⟩/(ρ‖v‖²) ≈ vᵀHv/‖v‖².
+      trace: n · mean(Sᵢ)/r² ≈ Tr(∇²L) over the n perturbed parameters. One step's estimate is noisy: average it.
+      normalized_trace: trace/‖g‖, the paper's C(w).
+      penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
+      guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
+      bounded_steps: in how many steps so far the penalty was scaled down to its bound.
+    """
+
+    loss: jax.Array
+    loss_plus: jax.Array
+    grad_norm: jax.Array
+    cosine: jax.Array
+    curvature: jax.Array
+    trace: jax.Array
+    normalized_trace: jax.Array
+    penalty_ratio: jax.Array
+    guarded_steps: jax.Array
+    bounded_steps: jax.Array
+
+
+Diagnostics = OneSidedDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics
+
+
+def initial(kind: type[Any], dtype: np.dtype) -> Any:
+    """Zeros of the right types, each in a buffer of its own."""
+    return kind(**{name: jnp.zeros((), jnp.int32 if name.endswith("_steps") else dtype) for name in kind._fields})
+
+
+def accumulated(before: Any, now: Any) -> Any:
+    """The new values in the old ones' dtypes; counts added up."""
+
+    def add(old: jax.Array, new: Any) -> jax.Array:
+        value = jnp.asarray(new).astype(old.dtype)
+        return old + value if jnp.issubdtype(old.dtype, jnp.integer) else value
+
+    return jax.tree.map(add, before, now)

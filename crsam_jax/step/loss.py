@@ -1,0 +1,187 @@
+"""Calling a loss function with arguments taken by name, and checking what it returns."""
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from crsam_jax.step.types import LossFn
+
+# Arguments that optax's own transformations exchange; they may describe another loss.
+RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
+
+_UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
+
+_POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class LossBinder:
+    """Turns ``loss_fn`` and a mapping of arguments into a checked function of ``params`` alone.
+
+    Args:
+      loss_fn: the loss; its first parameter is ``params``, the others are taken by name.
+      has_aux: whether it returns ``(loss, aux)``; ``aux`` is dropped.
+      call: how the caller is given the arguments, with ``{}`` in their place; for error messages.
+
+    Raises:
+      TypeError: if ``loss_fn`` is not callable, or cannot be called with ``params`` and keywords.
+    """
+
+    def __init__(self, loss_fn: LossFn, has_aux: bool, call: str = "update(grads, state, params, {})"):
+        if not callable(loss_fn):
+            raise TypeError(f"loss_fn must be callable, got {loss_fn!r} of type {type(loss_fn).__name__}.")
+        if not isinstance(has_aux, bool):
+            raise TypeError(f"has_aux must be True or False, got {has_aux!r}.")
+        self._loss_fn = loss_fn
+        self._has_aux = has_aux
+        self._call = call
+        self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
+        taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
+        if taken:
+            raise TypeError(
+                f"loss_fn {_describe(loss_fn)} takes {_quoted(taken)}, but update(updates, state, params, loss=...) "
+                "has a parameter of that name itself and cannot pass it on; rename it, say to 'model_state'."
+            )
+
+    def __call__(self, given: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
+        """Returns ``params -> loss``, a real floating scalar, with the arguments in ``given`` bound.
+
+        Raises:
+          TypeError: if an argument that ``loss_fn`` requires is missing; and, when the returned function
+            runs, if the loss is not a real floating scalar or does not match ``has_aux``.
+        """
+        kwargs = self.arguments(given)
+
+        def loss(params: Any) -> jax.Array:
+            try:
+                result = self._loss_fn(params, **kwargs)
+            except Exception as error:
+                if isinstance(params, jax.Array) and params.ndim == 1:
+                    error.add_note(
+                        "params reached loss_fn as one flat vector. If an optax.flatten stands around this "
+                        "transformation, move it behind it in the chain: the loss needs the whole tree of "
+                        "parameters (mask= perturbs only part of it)."
+                    )
+                raise
+            return _checked_loss(result, self._has_aux)
+
+        return loss
+
+    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """Returns those of ``given`` that ``loss_fn`` takes, by name.
+
+        Raises:
+          TypeError: if an argument that ``loss_fn`` requires is missing.
+        """
+        missing = [name for name in self._required if name not in given]
+        if missing:
+            raise TypeError(_missing_message(self._loss_fn, missing, given, self._call))
+        if self._takes_all:
+            names = [n for n in given if n not in RESERVED_NAMES or n in self._required + self._optional]
+        else:
+            names = [n for n in self._required + self._optional if n in given]
+        return {name: given[name] for name in names}
+
+
+def checked_loss(loss: Any) -> jax.Array | None:
+    """L(w) as the caller gives it, or None.
+
+    Raises:
+      TypeError: if it is not a real floating scalar.
+    """
+    if loss is None:
+        return None
+    try:
+        value = jnp.asarray(loss)
+        is_scalar = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating)
+    except (TypeError, ValueError):
+        is_scalar = False
+    if not is_scalar:
+        raise TypeError(
+            "loss= takes L(w), the scalar that value_and_grad returned for loss_fn at these params; got "
+            f"{_summary(loss)}. With has_aux=True pass the loss alone, without aux."
+        )
+    return value
+
+
+def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
+    """Names of the required and the optional keyword arguments, and whether there is a ``**kwargs``."""
+    try:
+        parameters = list(inspect.signature(loss_fn).parameters.values())
+    except ValueError as error:
+        raise TypeError(
+            f"The signature of loss_fn {loss_fn!r} cannot be read; wrap it: lambda params, batch: ..."
+        ) from error
+    if not parameters or parameters[0].kind not in (*_POSITIONAL_KINDS, inspect.Parameter.VAR_POSITIONAL):
+        raise TypeError(f"loss_fn must take params as its first positional argument, got {_describe(loss_fn)}.")
+    required: list[str] = []
+    optional: list[str] = []
+    takes_all = False
+    for parameter in parameters[1:]:
+        if parameter.kind is inspect.Parameter.POSITIONAL_ONLY:
+            raise TypeError(
+                f"loss_fn {_describe(loss_fn)} has the positional-only argument {parameter.name!r}, but every "
+                "argument after params is passed by name; remove the '/' or wrap it in a lambda."
+            )
+        if parameter.kind is inspect.Parameter.VAR_KEYWORD:
+            takes_all = True
+        elif parameter.kind is not inspect.Parameter.VAR_POSITIONAL:
+            (required if parameter.default is inspect.Parameter.empty else optional).append(parameter.name)
+    return required, optional, takes_all
+
+
+def _missing_message(loss_fn: LossFn, missing: list[str], given: Mapping[str, Any], call: str) -> str:
+    message = (
+        f"loss_fn {_describe(loss_fn)} needs {_quoted(missing)}, which was not given "
+        f"(given: {_quoted(given) or 'no extra arguments'}). "
+        f"Pass them by name: {call.format(', '.join(f'{n}=...' for n in missing))}."
+    )
+    for name in missing:
+        close = difflib.get_close_matches(name, given)
+        if close:
+            message += f" Did you mean {name!r} where you passed {_quoted(close)}?"
+    return message
+
+
+def _checked_loss(result: Any, has_aux: bool) -> jax.Array:
+    if has_aux:
+        if not (isinstance(result, tuple) and len(result) == 2):
+            raise TypeError(
+                f"has_aux=True, so loss_fn must return (loss, aux), but it returned {_summary(result)}; "
+                "return the aux, or leave has_aux out."
+            )
+        result = result[0]
+    elif isinstance(result, tuple):
+        raise TypeError(
+            f"loss_fn returned {_summary(result)}; pass has_aux=True if this is (loss, aux), "
+            "else return the loss alone."
+        )
+    try:
+        loss = jnp.asarray(result)
+    except (TypeError, ValueError) as error:  # ValueError for None
+        raise TypeError(f"loss_fn must return a scalar loss, but it returned {_summary(result)}.") from error
+    if loss.ndim:
+        raise TypeError(
+            f"loss_fn must return a scalar, but its loss has shape {loss.shape}; average over the examples."
+        )
+    if not jnp.issubdtype(loss.dtype, jnp.floating):
+        raise TypeError(f"loss_fn must return a real floating loss, but its dtype is {loss.dtype}.")
+    return loss
+
+
+def _describe(loss_fn: LossFn) -> str:
+    name = getattr(loss_fn, "__qualname__", None) or type(loss_fn).__name__
+    return f"{name}{inspect.signature(loss_fn)}"
+
+
+def _quoted(names: Any) -> str:
+    return ", ".join(repr(name) for name in names)
+
+
+def _summary(result: Any) -> str:
+    if isinstance(result, tuple):
+        return f"a tuple of {len(result)}"
+    return f"a value of type {type(result).__name__}"

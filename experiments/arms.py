@@ -1,0 +1,73 @@
+"""The arms of a comparison: which recipe a name such as ``sam``, ``base-3x`` or ``crsam,crsam.alpha=0`` stands for."""
+
+import dataclasses
+import re
+from typing import Any, NamedTuple
+
+from experiments.optimizers import method_of
+from experiments.overrides import Changes, changed, parse
+from experiments.recipes import Recipe
+
+
+class Arm(NamedTuple):
+    """One side of a comparison.
+
+    Attributes:
+      name: as it was given: a method, ``-Nx`` for N times the epochs, ``,key=value`` for each setting of its own.
+      method: of the family.
+      times: epochs, as a multiple of the recipe's.
+      settings: of its own.
+    """
+
+    name: str
+    method: str
+    times: float
+    settings: dict[str, Any]
+
+
+def read(name: str) -> Arm:
+    """Reads an arm's name.
+
+    Example:
+      >>> read("sam-1.5x,sam.rho=0.2")
+      Arm(name='sam-1.5x,sam.rho=0.2', method='sam', times=1.5, settings={'sam.rho': 0.2})
+    """
+    head, *assignments = name.split(",")
+    match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)x", head)
+    method, times = (match[1], float(match[2])) if match else (head, 1.0)
+    return Arm(name, method, times, parse(assignments))
+
+
+def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
+    """The recipe of one run.
+
+    Settings count in this order: the recipe's; those that it has for this arm, or else for its method, or else for
+    the method's parent; ``changes``; the arm's own.
+
+    Args:
+      recipe: of all arms.
+      name: of the arm.
+      changes: what was asked for explicitly.
+      seed: of the run.
+
+    Raises:
+      ValueError: for an unknown method or setting.
+    """
+    arm = read(name)
+    keys = name, arm.method, method_of(dataclasses.replace(recipe, method=arm.method)).family
+    chosen = next((recipe.per_method[key] for key in keys if key in recipe.per_method), {})
+    own = changed(dataclasses.replace(recipe, per_method={}), chosen | dict(changes) | arm.settings)
+    return dataclasses.replace(own, method=arm.method, epochs=round(arm.times * own.epochs), seed=seed)
+
+
+def label(recipe: Recipe, name: str) -> str:
+    """What an arm is called in tables and plots."""
+    arm = read(name)
+    parts = [method_of(dataclasses.replace(recipe, method=arm.method)).label]
+    parts += [f"{arm.times:g}× epochs"] * (arm.times != 1)
+    return ", ".join(parts + [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()])
+
+
+def folder_name(name: str, seed: int) -> str:
+    """Of an arm's run."""
+    return re.sub(r"[^\w.=-]+", "_", name) + f"-seed{seed}"

@@ -1,0 +1,163 @@
+"""Many training runs: those that are complete are read, the others are carried out, in one process or several."""
+
+import json
+import math
+import multiprocessing
+import os
+import statistics
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+from rich.console import Console
+
+from experiments import runs
+from experiments.checkpoints import altered
+from experiments.configs import Run
+from experiments.inputs import signature_of
+from experiments.logs import EpochRow, read_epochs
+from experiments.methods import METHODS
+from experiments.overrides import flat
+from experiments.progress import Bar
+from experiments.recipes import Recipe
+from experiments.train import train
+
+
+class Job(NamedTuple):
+    """One training run: the arm that it belongs to, its resolved recipe, and its folder."""
+
+    arm: str
+    recipe: Recipe
+    folder: Path
+
+
+class Result(NamedTuple):
+    """A row of runs.csv: a run after its last epoch. Losses are mean cross-entropies, accuracies are in percent.
+
+    A run whose loss was not finite counts as a guess, with an infinite loss.
+    """
+
+    arm: str
+    seed: int
+    settings: str
+    """The learning rate, and what the method has of its own."""
+    epochs: int
+    test_accuracy: float
+    """On the evaluation data, of the averaged weights if the recipe has an ``ema``; so are the next two."""
+    test_loss: float = math.inf
+    calibration_error: float | None = None
+    raw_accuracy: float | None = None
+    """On the same data, of the weights themselves."""
+    train_loss: float = math.inf
+    train_accuracy: float | None = None
+    grad_norm: float | None = None
+    curvature: float | None = None
+    trace: float | None = None
+    normalized_trace: float | None = None
+    evaluations_per_step: float | None = None
+    """Of the gradient."""
+    seconds: float | None = None
+    """Of all steps, without compilation and evaluation."""
+    seconds_per_step: float | None = None
+    error: str = ""
+
+
+def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> None:
+    """Carries out what is not complete, in the given order. Runs that were interrupted go on where they were.
+
+    Args:
+      name: of the recipe.
+      jobs: the runs.
+      run: how.
+      processes: how many at once; from two on, each is bound to one core.
+
+    Raises:
+      FileExistsError: if a folder holds another run.
+      SystemExit: after Ctrl-C or SIGTERM, once the run is saved.
+    """
+    for job in jobs:
+        runs.check_free(job.recipe, job.folder)
+    missing = [job for job in jobs if not is_complete(job)]
+    with Bar(console := Console(), len(jobs), len(jobs) - len(missing), "runs", "training") as bar:
+
+        def show(job: Job) -> None:
+            texts = f"{job.arm}, seed {job.recipe.seed}", f"accuracy {read_result(job).test_accuracy:.1f} %"
+            bar.advance(*texts)
+            if not console.is_terminal:
+                bar.print(": ".join(texts))
+
+        if processes == 1:
+            for job in missing:
+                show(_carry_out(name, job, run))
+        elif missing:
+            with _pool(processes) as pool:
+                try:
+                    for future in as_completed([pool.submit(_carry_out, name, job, run) for job in missing]):
+                        show(future.result())
+                except BaseException:
+                    pool.shutdown(cancel_futures=True)
+                    raise
+
+
+def is_complete(job: Job) -> bool:
+    """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to go on."""
+    if altered(job.folder):
+        return False
+    rows = read_epochs(job.folder / "metrics.csv")
+    return (job.folder / "failed.json").exists() or (bool(rows) and rows[-1].epoch == job.recipe.epochs)
+
+
+def read_result(job: Job) -> Result:
+    """The result of a complete run."""
+    recipe, failed, settings = job.recipe, job.folder / "failed.json", flat(job.recipe)
+    names = ["learning_rate", *METHODS[recipe.method].tunes] + ["ema"] * (recipe.ema is not None)
+    start = job.arm, recipe.seed, " ".join(f"{name}={settings[name]:g}" for name in names), recipe.epochs
+    if failed.exists():
+        note = json.loads(failed.read_text())
+        return Result(*start, test_accuracy=note["chance"], error=note["error"])
+    rows = read_rows(job)
+    last, seconds = rows[-1], statistics.median(row.seconds for row in rows)
+    judged = last.test_accuracy, last.test_loss, last.calibration_error
+    if last.average_accuracy is not None and last.average_loss is not None:
+        judged = last.average_accuracy, last.average_loss, last.average_calibration_error
+    return Result(
+        *start, *judged, last.test_accuracy, last.train_loss, last.train_accuracy, last.grad_norm, last.curvature,
+        last.trace, last.normalized_trace, last.evaluations_per_step, seconds * recipe.epochs,
+        seconds * last.epoch / last.step,
+    )  # fmt: skip
+
+
+def read_rows(job: Job) -> list[EpochRow]:
+    """The epochs of a run."""
+    return read_epochs(job.folder / "metrics.csv")
+
+
+def _carry_out(name: str, job: Job, run: Run) -> Job:
+    try:
+        train(name, job.recipe, replace(run, out=job.folder), quiet=True)
+    except FloatingPointError as error:
+        chance = 100 / signature_of(job.recipe, run.data_dir).num_classes
+        (job.folder / "failed.json").write_text(json.dumps({"error": str(error), "chance": chance}) + "\n")
+    return job
+
+
+def _pool(processes: int) -> ProcessPoolExecutor:
+    """Fresh processes, each of which keeps what it has compiled for the jobs that follow."""
+    context = multiprocessing.get_context("spawn")
+    cores = context.Queue()
+    available = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    for index in range(processes):
+        cores.put(available[index % len(available)] if available else None)
+    arguments = cores, jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
+    return ProcessPoolExecutor(processes, context, _start_process, arguments)
+
+
+def _start_process(cores: Any, cache_dir: str | None) -> None:
+    """Binds a new process to one core, before jax counts them."""
+    core = cores.get()
+    if core is not None:
+        os.sched_setaffinity(0, {core})
+    jax.config.update("jax_compilation_cache_dir", cache_dir)

@@ -1,0 +1,123 @@
+"""Settings by their dotted names: ``crsam.rho=0.2`` on the command line, in a file, in a search, in an arm's name."""
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from experiments import recipes, runs
+from experiments.names import unknown
+from experiments.recipes import Recipe
+
+Changes = Mapping[str, Any]
+"""From dotted names to values."""
+
+
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """All settings of a recipe, or of what was one in JSON, by dotted name.
+
+    Example:
+      >>> flat(recipes.get("digits"))["crsam.alpha"]
+      0.5
+    """
+    fields = node if isinstance(node, dict) else {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
+    result: dict[str, Any] = {}
+    for name, value in fields.items():
+        is_nested = name != "per_method" and (isinstance(value, dict) or dataclasses.is_dataclass(value))
+        result |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
+    return result
+
+
+def changed(recipe: Recipe, changes: Changes) -> Recipe:
+    """The recipe with some settings changed.
+
+    Raises:
+      ValueError: for a name that does not exist, with the close ones, or a value of another type.
+
+    Example:
+      >>> changed(recipes.get("digits"), {"crsam.rho": 0.3, "model_options.width": 8}).model_options
+      {'width': 8}
+    """
+    for key, value in changes.items():
+        head, _, tail = key.partition(".")
+        kinds = typing.get_type_hints(Recipe)
+        if head not in kinds:
+            raise unknown("setting", key, flat(recipe))
+        if tail:
+            value = _with_inner(getattr(recipe, head), tail, value, key, recipe)
+        recipe = dataclasses.replace(recipe, **{head: _checked(key, value, kinds[head])})
+    return recipe
+
+
+def parse(assignments: Iterable[str]) -> dict[str, Any]:
+    """From ``key=value`` to names and values; a value is JSON, or a bare string.
+
+    Example:
+      >>> parse(["crsam.rho=0.2", "crsam.penalty=linear", "ema=null"])
+      {'crsam.rho': 0.2, 'crsam.penalty': 'linear', 'ema': None}
+    """
+    result = {}
+    for text in assignments:
+        key, is_assigned, value = text.partition("=")
+        if not is_assigned:
+            raise ValueError(f"A setting is changed by key=value, got {text!r}.")
+        try:
+            result[key.replace("-", "_")] = json.loads(value)
+        except json.JSONDecodeError:
+            result[key.replace("-", "_")] = value
+    return result
+
+
+def read(path: Path) -> dict[str, Any]:
+    """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run.
+
+    Raises:
+      ValueError: if it is no such file.
+    """
+    return flat(runs.read_json(path))
+
+
+def find(name: str) -> Recipe:
+    """A recipe by its name, or from a file ending in .json: one that ``tune`` wrote, or the config.json of a run."""
+    return from_settings(read(Path(name))) if name.endswith(".json") else recipes.get(name)
+
+
+def from_settings(settings: Changes) -> Recipe:
+    """A recipe from its settings by dotted name; what they lack has its default.
+
+    Raises:
+      ValueError: if they lack something that has none.
+    """
+    required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
+    missing = sorted(set(required) - settings.keys())
+    if missing:
+        raise ValueError(f"This is no recipe: {', '.join(missing)} is missing.")
+    return changed(Recipe(**{name: settings[name] for name in required}), settings)
+
+
+def _with_inner(node: Any, name: str, value: Any, key: str, recipe: Recipe) -> Any:
+    """The group of settings, such as ``crsam``, with one of them changed."""
+    if isinstance(node, dict):
+        return node | {name: value}
+    kinds = typing.get_type_hints(type(node)) if dataclasses.is_dataclass(node) else {}
+    if name not in kinds:
+        raise unknown("setting", key, flat(recipe))
+    return dataclasses.replace(node, **{name: _checked(key, value, kinds[name])})
+
+
+def _checked(key: str, value: Any, kind: Any) -> Any:
+    """The value, if it is of the setting's type; numbers may be traced."""
+    options = typing.get_args(kind)
+    if typing.get_origin(kind) is typing.Literal:
+        if value not in options:
+            raise unknown(f"value of {key}", str(value), options)
+        return value
+    kinds = options if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
+    if float in kinds and (hasattr(value, "dtype") or (isinstance(value, int) and not isinstance(value, bool))):
+        return value if hasattr(value, "dtype") else float(value)
+    if not isinstance(value, kinds) or isinstance(value, bool):
+        raise ValueError(f"{key} must be of type {getattr(kind, '__name__', kind)}, got {value!r}.")
+    return value

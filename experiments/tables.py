@@ -1,0 +1,142 @@
+"""Tables as CSV files of typed rows, each on disk as soon as it exists, as Markdown, and on a terminal."""
+
+import csv
+import functools
+import itertools
+import shutil
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+Row = TypeVar("Row")
+
+
+def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
+    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count.
+
+    Raises:
+      ValueError: if the file holds anything else.
+    """
+    if not path.exists():
+        return []
+    text = path.read_text(errors="replace")
+    kinds = typing.get_type_hints(row_type)
+    rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
+    try:
+        return [row_type(**{name: _parsed(value, kinds[name]) for name, value in row.items()}) for row in rows]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is damaged: {error!r}.") from error
+
+
+def append(path: Path, rows: Iterable[Any]) -> None:
+    """Adds NamedTuples to a file, in the place of a last line that was cut off; a new file begins with a header."""
+    text = path.read_text() if path.exists() else ""
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        replace(path, whole)
+    with path.open("a", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        for number, row in enumerate(rows):
+            if not whole and not number:
+                writer.writerow(row._fields)
+            writer.writerow(row)
+
+
+def write(path: Path, rows: Sequence[Any]) -> None:
+    """Writes NamedTuples, or dictionaries whose keys may differ, whole or not at all."""
+    dicts = [row if isinstance(row, dict) else row._asdict() for row in rows]
+    unfinished = path.with_name(path.name + ".partial")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(dicts)
+    unfinished.replace(path)
+
+
+def replace(path: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(text)
+    unfinished.replace(path)
+
+
+def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown.
+
+    Example:
+      >>> print(markdown(["method", "evals"], [["SAM", "2"]]), end="")
+      | method | evals |
+      |---|---|
+      | SAM | 2 |
+    """
+    lines = ["| " + " | ".join(cells) + " |" for cells in (titles, *rows)]
+    return "\n".join([lines[0], "|---" * len(titles) + "|", *lines[1:]]) + "\n"
+
+
+def show(text: str, keys: int = 1) -> None:
+    """Prints Markdown; on a terminal its tables are aligned, in several parts where they do not fit side by side.
+
+    Args:
+      text: paragraphs and tables.
+      keys: how many of a table's first columns each of its parts begins with.
+    """
+    if not sys.stdout.isatty():
+        print(text, end="" if text.endswith("\n") else "\n")
+        return
+    width = shutil.get_terminal_size().columns
+    for is_table, group in itertools.groupby(text.splitlines(), lambda line: line.startswith("|")):
+        lines = list(group)
+        print(*(fitted(lines, width, keys) if is_table else [textwrap.fill(line, width) for line in lines]), sep="\n")
+
+
+def fitted(lines: Sequence[str], width: int, keys: int = 1) -> list[str]:
+    r"""A table in Markdown as aligned lines of at most a width, as far as the keys and one more column allow it.
+
+    Example:
+      >>> table = markdown(["method", "evals", "time"], [["SAM", "2", "1.9"], ["CR-SAM", "3", "2.7"]])
+      >>> print(*fitted(table.splitlines(), width=14), sep="\n")
+      method  evals
+      SAM         2
+      CR-SAM      3
+      <BLANKLINE>
+      method  time
+      SAM      1.9
+      CR-SAM   2.7
+    """
+    rows = [line[2:-2].split(" | ") for line in lines if not line.startswith("|---")]
+    columns = [_aligned(column, index < keys) for index, column in enumerate(zip(*rows, strict=True))]
+    blocks = [["  ".join(cells).rstrip() for cells in zip(*part, strict=True)] for part in _parts(columns, keys, width)]
+    return functools.reduce(lambda above, below: [*above, "", *below], blocks)
+
+
+def _aligned(column: Sequence[str], is_key: bool) -> list[str]:
+    width = max(map(len, column))
+    return [cell.ljust(width) if is_key else cell.rjust(width) for cell in column]
+
+
+def _parts(columns: Sequence[list[str]], keys: int, width: int) -> list[list[list[str]]]:
+    """The columns divided into parts that fit, all with the keys."""
+    parts = [list(columns[:keys])]
+    for column in columns[keys:]:
+        if len(parts[-1]) > keys and sum(len(cells[0]) + 2 for cells in parts[-1]) + len(column[0]) > width:
+            parts.append(list(columns[:keys]))
+        parts[-1].append(column)
+    return parts
+
+
+def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
+    """Over runs: the mean and the sample standard deviation, which is NaN for a single one."""
+    array = np.asarray(values, np.float64)
+    return float(array.mean()), float(array.std(ddof=1)) if len(array) > 1 else float("nan")
+
+
+def _parsed(text: str, kind: Any) -> Any:
+    """A cell as its column's type; an empty one is None, where the column allows it."""
+    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    return None if text == "" and types.NoneType in options else options[0](text)

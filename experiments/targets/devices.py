@@ -1,0 +1,122 @@
+"""Devices that need not be here: an NVIDIA H100, and any topology of TPUs, as XLA's compilers know them.
+
+The compilers run on any x86-64 Linux machine. They plan memory, choose kernels and place collectives as they would
+beside the device; only what is found out by running kernels, the tuning on GPUs, is left out.
+"""
+
+import importlib.util
+import os
+from typing import Any, Literal, NamedTuple
+
+import jax
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_H100 = """
+gpu_device_info {
+  threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
+  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
+  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: 3352320000000 l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84978434048
+  shared_memory_per_block_optin: 232448 cuda_compute_capability { major: 9 minor: 0 }
+  registers_per_core_limit: 65536 registers_per_block_limit: 65536
+}
+platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_str: "NVIDIA H100 80GB HBM3"
+"""
+_H100_BYTES = 84_978_434_048
+_TUNED_BY_RUNNING = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+_WITHOUT_TPU = {  # there is none to ask for its kind and its place in a pod, nor one to keep from other processes
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
+
+
+class Target(NamedTuple):
+    """Devices to compile for.
+
+    Attributes:
+      name: what :func:`find` knows it by.
+      mesh: over the devices, one axis, ``"data"``.
+      compiler_options: that a compilation without the device needs.
+      memory: bytes of a device; None for TPUs, whose compiler itself refuses what does not fit.
+    """
+
+    name: str
+    mesh: Mesh
+    compiler_options: dict[str, Any]
+    memory: int | None
+
+    @property
+    def unit(self) -> Literal["launches", "cycles"]:
+        """What the compiler tells of a program's cost."""
+        return "cycles" if self.memory is None else "launches"
+
+    @property
+    def everywhere(self) -> NamedSharding:
+        """Of arrays that are on every device."""
+        return NamedSharding(self.mesh, PartitionSpec())
+
+    def placed(self, tree: Any, *axes: str) -> Any:
+        """Shapes on the mesh: on every device, or divided among them along the first dimensions."""
+        sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    def compile(self, lowered: Any) -> Any:
+        """The compiled program, which cannot be run here."""
+        return lowered.compile(compiler_options=self.compiler_options)
+
+
+def find(name: str, devices: int | None = None) -> Target:
+    """The target of that name; programs for it are traced on the CPU, whatever devices are here.
+
+    Args:
+      name: ``"h100"``, or what the TPU compiler calls a topology: ``"v5e:2x2"``, ``"v5p:2x2x1"``.
+      devices: how many of them; None is one H100, or all of the topology.
+
+    Raises:
+      ImportError: without the compilers' packages.
+      ValueError: if there is no such target, or it has fewer devices.
+    """
+    jax.config.update("jax_platforms", "cpu")
+    if name == "h100":
+        _need("jax_cuda12_plugin", name)
+        return Target(name, _mesh(_h100s(devices or 1)), _TUNED_BY_RUNNING, _H100_BYTES)
+    if ":" not in name:
+        raise ValueError(f"There is no target {name!r}: it is h100, or a topology of TPUs such as v5e:2x2.")
+    found = _tpus(name)
+    if devices is not None and devices > len(found):
+        raise ValueError(f"--devices {devices}, but {name} has {len(found)}: name a larger topology.")
+    return Target(name, _mesh(found[:devices]), {}, None)
+
+
+def _h100s(count: int) -> list[jax.Device]:
+    shape = f"1x1x{count}"
+    try:
+        return list(topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology=shape).devices)
+    except NotImplementedError as error:
+        raise ImportError("jax did not load the compiler for GPUs; set JAX_PLATFORMS=cpu before it starts.") from error
+
+
+def _tpus(name: str) -> list[jax.Device]:
+    _need("libtpu", name)
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
+    try:
+        return list(topologies.get_topology_desc(name, platform="tpu").devices)
+    except jax.errors.JaxRuntimeError as error:
+        raise ValueError(f"The TPU compiler knows no topology {name!r}: {error}") from error
+
+
+def _need(module: str, name: str) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise ImportError(
+            f"--target {name} needs XLA's compiler for it, which is not installed: pip install 'crsam_jax[targets]'."
+        )
+
+
+def _mesh(devices: list[jax.Device]) -> Mesh:
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
