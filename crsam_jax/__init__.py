@@ -8,6 +8,8 @@
 >>> tx = optax.chain(crsam(loss_fn, rho=0.1, alpha=0.1, beta=0.01), optax.sgd(0.1))
 """
 
+import importlib.metadata
+
 from crsam_jax.ascents.adaptive import adaptive_ascent
 from crsam_jax.ascents.ascent import Ascent, gradient_ascent, masked_ascent
 from crsam_jax.ascents.noisy import dropped_ascent, smoothed_ascent
@@ -32,6 +34,11 @@ from crsam_jax.step.sides import at_multiples, one_sided, two_sided
 from crsam_jax.step.transformation import SharpnessAwareState, sharpness_aware
 from crsam_jax.step.types import Evaluation
 from crsam_jax.step.vectors import Vector
+
+try:
+    __version__ = importlib.metadata.version("crsam_jax")
+except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+    __version__ = "unknown"
 
 __all__ = [
     "AdaptivePolicyState",

@@ -76,6 +76,22 @@ def evaluate(
     evaluate_run(folder, on, step, run)
 
 
+def export(
+    folder: tyro.conf.Positional[Path], out: Path | None = None, step: int | None = None, average: bool = False
+) -> None:
+    """Write the parameters of a run as a safetensors file.
+
+    Args:
+        folder: Of the run.
+        out: The file; FOLDER/params.safetensors by default.
+        step: Of the checkpoint; the last by default.
+        average: Write the averaged weights.
+    """
+    from experiments.export import export
+
+    export(folder, out, step, average)
+
+
 def list_recipes() -> None:
     """List the recipes."""
     from experiments import tables
@@ -212,6 +228,7 @@ def main() -> int:
             "compare": compare_command(recipe),
             "tune": tune_command(recipe),
             "evaluate": evaluate,
+            "export": export,
             "list": list_recipes,
             "readiness": readiness,
             "contact-sheet": contact_sheet,

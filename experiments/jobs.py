@@ -4,7 +4,6 @@ import json
 import math
 import multiprocessing
 import os
-import statistics
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
@@ -121,14 +120,13 @@ def read_result(job: Job) -> Result:
         note = json.loads(failed.read_text())
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
     rows = read_rows(job)
-    last, seconds = rows[-1], statistics.median(row.seconds for row in rows)
+    last, seconds = rows[-1], sum(row.seconds for row in rows)
     judged = last.test_accuracy, last.test_loss, last.calibration_error
     if last.average_accuracy is not None and last.average_loss is not None:
         judged = last.average_accuracy, last.average_loss, last.average_calibration_error
     return Result(
         *start, *judged, last.test_accuracy, last.train_loss, last.train_accuracy, last.grad_norm, last.curvature,
-        last.trace, last.normalized_trace, last.evaluations_per_step, seconds * recipe.epochs,
-        seconds * last.epoch / last.step,
+        last.trace, last.normalized_trace, last.evaluations_per_step, seconds, seconds / last.step,
     )  # fmt: skip
 
 

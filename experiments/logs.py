@@ -30,7 +30,7 @@ class EpochRow(NamedTuple):
     waiting_percent: float
     """Share of that time in which the loop waited for its input."""
     seconds: float = 0.0
-    """Of the epoch's steps, without compilation."""
+    """Of the steps since the row before, without compilation and evaluation."""
     evaluations_per_step: float = 1.0
     """Gradient evaluations, the mean over all steps so far."""
     calibration_error: float | None = None

@@ -74,28 +74,27 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
             clock.count(time.perf_counter() - start)
             state = program.step(state, feed)
             is_end, is_logged = step % per_epoch == 0, bool(run.log_steps) and step % run.log_steps == 0
+            is_evaluated = step == total or step % (per_epoch * run.evaluate_every) == 0
             if step == first + 1:
                 bar.update(step, *_texts(state, recipe, per_epoch, clock))
                 if not is_end:  # where there is other time to measure
                     clock.restart()  # without the compilation
             if is_logged:
-                _check_finite(state, training)
                 log.step(step, {"loss": float(state.loss)} | diagnostics(state.opt_state))
-                bar.update(step, *_texts(state, recipe, per_epoch, clock))
-            if is_end:
+            if is_logged or is_end:
                 _check_finite(state, training)
                 bar.update(step, *_texts(state, recipe, per_epoch, clock))
-                if step == total or (step // per_epoch) % run.evaluate_every == 0:
-                    row = _epoch_row(training, state, clock)
-                    log.epoch(row)
-                    bar.print(_line(row))
+            if is_evaluated:
+                row = _epoch_row(training, state, clock)
+                log.epoch(row)
+                bar.print(_line(row))
             stop = scale.agreed(signals, is_due=is_end or is_logged)
             if stop or step == total or _is_save_due(run, step, per_epoch, saved):
                 _save(training, state)
                 saved = time.monotonic()
             if stop:
                 return state, stop
-            if is_end:
+            if is_evaluated:
                 clock.restart()
     return state, 0
 
@@ -136,10 +135,11 @@ def caught_signals() -> Iterator[list[int]]:
 def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
     recipe, run, inputs, program, *_ = training
     step, per_epoch = int(state.step), training.steps_per_epoch  # waits for the epoch's last step
-    speed, waiting = clock.steps_per_second, clock.waiting_percent
+    speed, waiting, epoch = clock.steps_per_second, clock.waiting_percent, step // per_epoch
+    epochs = epoch - (epoch - 1) // run.evaluate_every * run.evaluate_every  # since the row before
     test = evaluate(program, state.params, state.model_state, inputs.evaluation())
     row = EpochRow(
-        epoch=step // per_epoch,
+        epoch=epoch,
         step=step,
         train_loss=float(state.loss_sum) / per_epoch,
         train_accuracy=100 * float(state.correct) / (per_epoch * recipe.batch_size),
@@ -148,7 +148,7 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
         learning_rate=float(program.schedule(step - 1)),
         images_per_second=recipe.batch_size * speed,
         waiting_percent=waiting,
-        seconds=per_epoch / speed,
+        seconds=epochs * per_epoch / speed,
         evaluations_per_step=evaluations_per_step(recipe, state.opt_state),
         calibration_error=test.calibration_error,
     )

@@ -64,8 +64,7 @@ def accuracy_over_time(runs: Runs, path: Path) -> None:
     with plt.rc_context(style.SETTINGS):
         figure, axis = plt.subplots(figsize=(style.WIDTH, 3.6), layout="constrained")
         for (label, seeds), look in zip(runs.items(), itertools.cycle(_LOOKS), strict=False):
-            epochs = np.array([row.epoch for row in seeds[0]])
-            seconds = np.mean([np.median([row.seconds for row in rows]) for rows in seeds]) * epochs
+            seconds = np.cumsum([[row.seconds for row in rows] for rows in seeds], axis=1).mean(axis=0)
             accuracy = np.array([[row.test_accuracy for row in rows] for rows in seeds])
             axis.plot(seconds, accuracy.mean(axis=0), label=label, alpha=0.6, **look)
             spread = accuracy[:, -1].std(ddof=1) if len(seeds) > 1 else None

@@ -179,8 +179,13 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
 
 
 def averaged(state: State) -> tuple[Any, Any]:
-    """The average of params and model state over the steps so far, weighted by powers of the decay."""
-    assert state.average is not None
+    """The average of params and model state over the steps so far, weighted by powers of the decay.
+
+    Raises:
+      ValueError: if the run has none.
+    """
+    if state.average is None:
+        raise ValueError("This run has no averaged weights: train it with --ema.")
     mean = optax.tree.bias_correction(state.average.ema, state.numbers["ema"], state.average.count)
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), mean, (state.params, state.model_state))
 

@@ -89,8 +89,8 @@ class Bar:
 
 
 def track(items: Collection[Item], text: str, unit: str) -> Iterator[Item]:
-    """Iterates with a bar."""
-    with Bar(Console(), len(items), unit=unit, text=text) as bar:
+    """Iterates with a bar on stderr, so that what a command prints can be kept alone."""
+    with Bar(Console(stderr=True), len(items), unit=unit, text=text) as bar:
         for item in items:
             yield item
             bar.advance(text)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from experiments import tables
+from experiments.recipes import Recipe
 
 
 def save_config(config: Any, folder: Path) -> None:
@@ -22,8 +23,8 @@ def save_json(content: Any, path: Path) -> None:
     tables.replace(path, json.dumps(content, indent=2) + "\n")
 
 
-def check_free(config: Any, folder: Path) -> None:
-    """Checks that a folder is empty, or holds the run of this very configuration, which can go on.
+def check_free(recipe: Recipe, folder: Path) -> None:
+    """Checks that a folder is empty, or holds the run of this very recipe, or a shorter one of it that can be extended.
 
     Raises:
       FileExistsError: if it holds anything else, with the settings that differ.
@@ -31,14 +32,18 @@ def check_free(config: Any, folder: Path) -> None:
     """
     path = folder / "config.json"
     if path.exists():
-        saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(config)))
-        names = saved.keys() | wanted.keys()
-        changes = [f"{k} {saved.get(k)} there, {wanted.get(k)} here" for k in names if saved.get(k) != wanted.get(k)]
-        if changes:
-            raise FileExistsError(
-                f"{folder} holds another run ({'; '.join(sorted(changes))}). Name another folder with --out."
-            )
-    elif folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "config.json.partial"}:
+        saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
+        names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
+        is_longer = names == ["epochs"] and saved["epochs"] < wanted["epochs"]
+        if not names or (is_longer and recipe.schedule == "constant"):
+            return
+        changes = "; ".join(f"{name} {saved.get(name)} there, {wanted.get(name)} here" for name in names)
+        hint = (
+            " Its learning rate falls to zero with its last epoch, and with more of them would have been another from "
+            "the first step on: only runs with --schedule constant can be extended."
+        ) * is_longer
+        raise FileExistsError(f"{folder} holds another run ({changes}).{hint} Name another folder with --out.")
+    if folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "config.json.partial"}:
         hint = _mended_by_copy(path) or "Name another folder with --out."
         raise FileExistsError(f"{folder} holds something that is not a run: there is no config.json. {hint}")
 

@@ -1,11 +1,13 @@
 """Training runs: they learn, stop, go on where they were, and refuse what they must."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import jax
@@ -19,10 +21,12 @@ pytest.importorskip("sklearn", reason="the experiments need pip install crsam_ja
 from experiments import recipes
 from experiments.configs import Run
 from experiments.evaluate import evaluate_run
+from experiments.export import export
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.restore import checkpoint_steps, restore
 from experiments.train import train
 
+ROOT = Path(__file__).parents[1]
 NAME = "digits-convnet"
 RECIPE = dataclasses.replace(
     recipes.get(NAME), method="sam", epochs=15, model_options={"width": 8}
@@ -87,9 +91,7 @@ def test_killed_and_gone_on_equals_uninterrupted(whole, compiled, tmp_path):
         "--log-steps", "5", "--checkpoint-steps", "13",
     ]  # fmt: skip
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(compiled)}
-    process = subprocess.Popen(
-        command, env=environment, cwd=Path(__file__).parents[1], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-    )
+    process = subprocess.Popen(command, env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
         if len(read_steps(folder / "steps.jsonl")) >= 15:  # in the fourth epoch
@@ -171,3 +173,73 @@ def test_checkpoints_are_the_newest_few_and_every_kth_epoch(tmp_path):
     assert checkpoint_steps(tmp_path) == [2 * STEPS, 4 * STEPS, 6 * STEPS]
     with pytest.raises(FileNotFoundError, match=r"step 20 .*40, 80, 120"):
         restore(tmp_path, step=STEPS, run=run_of(tmp_path))
+
+
+def test_a_run_with_a_constant_rate_is_extended_bit_by_bit(tmp_path):
+    long = dataclasses.replace(RECIPE, epochs=3, schedule="constant")
+    whole, extended = tmp_path / "whole", tmp_path / "extended"
+    train(NAME, long, run_of(whole))
+    train(NAME, dataclasses.replace(long, epochs=2), run_of(extended))
+    train(NAME, long, run_of(extended))
+    assert_same_run(extended, whole)
+    with pytest.raises(FileExistsError, match="epochs 3 there, 1 here"):
+        train(NAME, dataclasses.replace(long, epochs=1), run_of(extended))
+
+
+def test_a_cosine_that_has_ended_cannot_be_extended(whole):
+    with pytest.raises(FileExistsError, match=r"epochs 15 there, 16 here.*only runs with --schedule constant"):
+        train(NAME, dataclasses.replace(RECIPE, epochs=16), run_of(whole))
+
+
+def test_averages_and_traces_stand_beside_the_raw_numbers(tmp_path):
+    recipe = dataclasses.replace(RECIPE, method="base", epochs=4, ema=0.9)
+    first, last = read_epochs(train(NAME, recipe, run_of(tmp_path, evaluate_every=3, trace_probes=2)) / "metrics.csv")
+    assert (first.epoch, last.epoch) == (3, 4)
+    assert first.average_accuracy != first.test_accuracy
+    assert first.trace is None
+    assert last.normalized_trace == pytest.approx(last.trace / last.grad_norm, rel=1e-4)
+    assert 0 < last.average_calibration_error < 1
+    assert (last.seconds, first.seconds) > (0, 0)
+
+
+def test_an_exported_file_holds_the_parameters(whole, tmp_path):
+    numpy = pytest.importorskip("safetensors.numpy", reason="export needs pip install safetensors")
+    arrays = numpy.load_file(export(whole, tmp_path / "params.safetensors"))
+    state = restore(whole, run=run_of(whole)).state
+    assert len(arrays) == len(jax.tree.leaves((state.params, state.model_state)))
+    np.testing.assert_array_equal(arrays["head/kernel"], state.params["head"]["kernel"][...])
+    with pytest.raises(ValueError, match="--ema"):
+        export(whole, tmp_path / "average.safetensors", average=True)
+
+
+def test_weights_and_biases_gets_the_rows_of_a_run(tmp_path, monkeypatch):
+    seen = []
+    run = types.SimpleNamespace(log=lambda values, step: seen.append((step, values)), finish=lambda exit_code: None)
+    started = []
+    wandb = types.SimpleNamespace(init=lambda **options: started.append(options) or run)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    recipe = dataclasses.replace(RECIPE, method="base", epochs=1)
+    train(NAME, recipe, run_of(tmp_path, wandb="flat"))
+    [row] = read_epochs(tmp_path / "metrics.csv")
+    assert (started[0]["project"], started[0]["config"]["method"]) == ("flat", "base")
+    assert [step for step, _ in seen] == [5, 10, 15, 20, 20]
+    assert seen[-1][1]["epoch/test_accuracy"] == row.test_accuracy
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(ImportError, match="pip install wandb"):
+        train(NAME, recipe, run_of(tmp_path / "other", wandb="flat"))
+
+
+def test_a_resolved_configuration_gives_the_run_back(tmp_path):
+    """By name, file, --set and options, in that order; the config.json that results is the same recipe."""
+    changes = tmp_path / "changes.json"
+    changes.write_text(json.dumps({"epochs": 1, "sam": {"rho": 0.3}, "model_options.width": 4, "seed": 9}))
+    command = [sys.executable, "-m", "experiments", "train"]
+    rest = ["--devices", "1", "--keep", "1", "--log-steps", "0"]
+    options = ["digits", "--method", "sam", "--config", str(changes), "--set", "sam.rho=0.4", "seed=3", "--seed", "2"]
+    for folder, start in (("one", options), ("two", [str(tmp_path / "one" / "config.json")])):
+        subprocess.run([*command, *start, *rest, "--out", str(tmp_path / folder)], check=True, cwd=ROOT)
+    one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
+    assert one == two
+    assert (one["sam"]["rho"], one["seed"], one["learning_rate"], one["model_options"]) == (0.4, 2, 0.03, {"width": 4})
+    rows = [read_epochs(tmp_path / name / "metrics.csv")[-1].test_loss for name in ("one", "two")]
+    assert rows[0] == rows[1]

@@ -38,7 +38,7 @@ class Spectrum(NamedTuple):
     Attributes:
       grid: the points t, [g], float64.
       density: φ(t), the mean over probes, [g]; it integrates to 1 over the whole line.
-      standard_error: of the density, over probes, [g].
+      standard_error: of the density, over probes, [g]; see :func:`hessian_spectrum`.
       nodes: Ritz values, [num_probes, num_steps].
       weights: their weights, [num_probes, num_steps], rows adding up to 1: Σ_j weights f(nodes) estimates
         (1/n) Tr f(∇²L) for each probe. Steps that a probe did not need have weight 0.
@@ -146,6 +146,15 @@ def hessian_spectrum(
     eigenvectors. The nodes are then smoothed with a Gaussian of the given width. Costs ``num_probes · num_steps``
     Hessian-vector products.
 
+    The variance of one probe's density at t is taken as the larger of two: that of the sample over probes, which covers
+    nodes that wander from probe to probe, and that of the measure itself, whose shares (u_iᵀz)²/‖z‖² have Dirichlet's
+    distribution: with f_i the bump around λ_i at t,
+
+    .. math:: \operatorname{Var} = \tfrac{2}{n+2} \big(\tfrac1n \textstyle\sum_i f_i^2 - (\tfrac1n \sum_i f_i)^2 \big),
+
+    both means estimated by the quadrature. The sample alone is skewed: of few probes it is mostly too small. Where
+    num_steps is so small that nodes have not settled within a width, few probes are still too few for their spread.
+
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`gradient_norm`.
       params: pytree of real floating arrays, n numbers in all.
@@ -162,7 +171,7 @@ def hessian_spectrum(
       progress: called as ``progress(done, total)`` after each Hessian-vector product.
 
     Returns:
-      A :class:`Spectrum`. The error bars cover the random probes, not the smoothing nor a small num_steps.
+      A :class:`Spectrum`. The error bars cover the random probes, not the smoothing nor the bias of a small num_steps.
 
     Raises:
       ImportError: if matfree, the extra ``curvature``, is not installed.
@@ -193,7 +202,7 @@ def hessian_spectrum(
     keys = jax.random.split(key, num_probes)
     starts = (jax.random.normal(probe_key, flat.shape, flat.dtype) for probe_key in keys)
     nodes, weights = _quadrature([lanczos(product, start, num_steps) for start in starts], num_steps)
-    return _smoothed(nodes, weights, grid, width)
+    return _smoothed(nodes, weights, grid, width, flat.size)
 
 
 def _quadrature(krylovs: list[Krylov], num_steps: int) -> tuple[Array, Array]:
@@ -203,17 +212,20 @@ def _quadrature(krylovs: list[Krylov], num_steps: int) -> tuple[Array, Array]:
     return np.stack(nodes), np.stack(weights)
 
 
-def _smoothed(nodes: Array, weights: Array, grid: int | Array, width: float | None) -> Spectrum:
+def _smoothed(nodes: Array, weights: Array, grid: int | Array, width: float | None, size: int) -> Spectrum:
     low, high = nodes.min(), nodes.max()
     if width is None:
         width = max(0.01 * (high - low), 1e-4 * float(np.max(np.abs(nodes)))) or 1.0
     points = np.linspace(low - 4 * width, high + 4 * width, grid) if isinstance(grid, int) else grid
-    densities = []
+    densities, squares = [], []
     for node, weight in zip(nodes, weights, strict=True):
         bumps = np.exp(-0.5 * ((points[:, None] - node) / width) ** 2) / (width * math.sqrt(2 * math.pi))
         densities.append(bumps @ weight)
-    errors = np.std(densities, axis=0, ddof=1) / math.sqrt(len(densities))
-    return Spectrum(points, np.mean(densities, axis=0), errors, nodes, weights)
+        squares.append(bumps**2 @ weight)
+    density = np.mean(densities, axis=0)
+    of_measures = 2 / (size + 2) * np.maximum(np.mean(squares, axis=0) - density**2, 0.0)
+    variance = np.maximum(np.var(densities, axis=0, ddof=1), of_measures) / len(densities)
+    return Spectrum(points, density, np.sqrt(variance), nodes, weights)
 
 
 def _unit(vector: jax.Array) -> jax.Array:

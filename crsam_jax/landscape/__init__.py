@@ -2,8 +2,9 @@
 
 A direction is a pytree like params: random ones from :func:`filter_normalized_directions`, the ascent direction from
 :func:`gradient_direction`, eigenvectors from :func:`crsam_jax.curvature.top_eigenvalues`, those of the plane
-through three checkpoints from :func:`plane_through`. :func:`orthonormalized` makes any of them orthonormal.
-:func:`line` and :func:`surface` evaluate the loss, on one batch or over a whole data set.
+through three checkpoints from :func:`plane_through`. :func:`orthonormalized` makes any of them orthonormal, and
+:func:`output_axes` says what the filters are. :func:`line` and :func:`surface` evaluate the loss, on one batch or
+over a whole data set.
 """
 
 from crsam_jax.landscape.directions import (
@@ -13,6 +14,7 @@ from crsam_jax.landscape.directions import (
     orthonormalized,
     plane_through,
 )
+from crsam_jax.landscape.filters import output_axes
 from crsam_jax.landscape.slices import line, surface
 
 __all__ = [
@@ -21,6 +23,7 @@ __all__ = [
     "gradient_direction",
     "line",
     "orthonormalized",
+    "output_axes",
     "plane_through",
     "surface",
 ]

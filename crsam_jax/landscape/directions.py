@@ -1,14 +1,17 @@
 """Directions to look along: random and filter-normalized, through given points, along the gradient."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import keystr
 
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import MeanLoss, like_params, widened_params
+from crsam_jax.landscape.filters import Axes, resolved
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_choice, check_whole_number
 from crsam_jax.step.types import LossFn
@@ -33,12 +36,18 @@ class Plane(NamedTuple):
 
 
 def filter_normalized_directions(
-    params: Any, key: jax.Array, num_directions: int = 2, *, vectors: str = "zero"
+    params: Any,
+    key: jax.Array,
+    num_directions: int = 2,
+    *,
+    vectors: str = "zero",
+    output_axes: Mapping[str, Axes] | None = None,
 ) -> tuple[Any, ...]:
     r"""Random Gaussian directions whose every filter is as long as the filter of params it belongs to.
 
-    A filter is what feeds one output: the slice of a kernel at one index of its last axis, the output axis of flax's
-    dense and convolution kernels. So a step of 1 changes each filter by its own norm, and slices
+    A filter is what feeds one output unit: a column of a dense kernel, the weights of one channel of a convolution, of
+    one feature of one head in attention. :func:`output_axes` tells by the names of flax, Haiku and Equinox.
+    So a step of 1 changes each filter by its own norm, and slices
     of networks whose layers are scaled differently can be compared: scaling a layer by a > 0 and the next one
     by 1/a, which changes nothing in a ReLU network, scales the directions alike.
 
@@ -50,14 +59,18 @@ def filter_normalized_directions(
       params: pytree of real floating arrays.
       key: a JAX random key.
       num_directions: how many, at least 1.
-      vectors: what to do with leaves of one axis or none: biases and normalization parameters. ``"zero"``, the
+      vectors: what to do with leaves that have no filters: biases and normalization parameters. ``"zero"``, the
         reference's choice for plots: they stay as they are. ``"scale"``: each such leaf counts as one filter.
+      output_axes: where the rule by names is wrong, the axes that number the output units: a dict of the form that
+        :func:`output_axes` returns, of all leaves or of those to be put right. ``()``: the leaf is one filter; None:
+        it has none.
 
     Returns:
       A tuple of pytrees like params, in at least float32.
 
     Raises:
-      TypeError, ValueError: if params is not real and floating, or for a bad number or name.
+      TypeError, ValueError: if params is not real and floating, for a bad number or name, or if the output axes of a
+        leaf are not clear.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -72,11 +85,16 @@ def filter_normalized_directions(
     """
     check_whole_number("num_directions", num_directions, at_least=1)
     check_choice("vectors", vectors, VECTORS)
-    leaves, structure = jax.tree.flatten(widened_params(params))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(widened_params(params))
+    axes = resolved(params, output_axes or {})
     keys = jax.random.split(key, max(1, len(leaves)))
-    per_leaf = [
-        _leaf_directions(leaf, leaf_key, num_directions, vectors) for leaf, leaf_key in zip(leaves, keys, strict=False)
-    ]
+    per_leaf = []
+    for (path, leaf), leaf_key in zip(leaves, keys, strict=False):
+        units = axes[keystr(path)]
+        if units is None and vectors == "zero":
+            per_leaf.append([jnp.zeros_like(leaf)] * num_directions)
+        else:
+            per_leaf.append(_leaf_directions(leaf, leaf_key, num_directions, units or ()))
     return tuple(jax.tree.unflatten(structure, [d[i] for d in per_leaf]) for i in range(num_directions))
 
 
@@ -187,11 +205,11 @@ def _without(tree: Any, unit: Any) -> Any:
     return jax.tree.map(lambda x, u: x - component * u, tree, unit)
 
 
-def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, vectors: str) -> list[jax.Array]:
+def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, units: tuple[int, ...]) -> list[jax.Array]:
     """``count`` directions for one leaf: orthogonal within each filter, each as long as the filter."""
-    if leaf.ndim < 2 and vectors == "zero":
-        return [jnp.zeros_like(leaf)] * count
-    filters = leaf.reshape(-1, leaf.shape[-1] if leaf.ndim > 1 else 1)
+    behind = tuple(range(leaf.ndim - len(units), leaf.ndim))
+    moved = jnp.moveaxis(leaf, units, behind)
+    filters = moved.reshape(-1, math.prod(leaf.shape[axis] for axis in units))
     lengths = jnp.linalg.norm(filters, axis=0)
     columns: list[jax.Array] = []
     for noise in jax.random.normal(key, (count, *filters.shape), leaf.dtype):
@@ -202,4 +220,4 @@ def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, vectors: str) 
             for column in columns:
                 noise = noise - jnp.sum(noise * column, axis=0) * column
         columns.append(noise / jnp.linalg.norm(noise, axis=0))
-    return [(lengths * column).reshape(leaf.shape) for column in columns]
+    return [jnp.moveaxis((lengths * column).reshape(moved.shape), behind, units) for column in columns]

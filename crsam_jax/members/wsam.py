@@ -9,8 +9,8 @@ import optax
 from crsam_jax.ascents.ascent import Ascent
 from crsam_jax.members.sam import sam
 from crsam_jax.step import trees
+from crsam_jax.step.axes import synced
 from crsam_jax.step.checks import check_hyperparameter, value_at
-from crsam_jax.step.evaluation import synced
 from crsam_jax.step.execution import Execution, checked_execution
 from crsam_jax.step.rule import Outcome, Step
 from crsam_jax.step.sides import one_sided

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from crsam_jax.step import trees
+from crsam_jax.step.axes import varying
 from crsam_jax.step.execution import Execution
 from crsam_jax.step.shared_out import shared_out
 from crsam_jax.step.types import Evaluation, Loss, Params, Strategy, ValueAndGrad
@@ -35,34 +36,6 @@ def evaluate(loss: Loss, points: Sequence[Params], execution: Execution) -> list
     else:
         evaluations = shared_out(value_and_grad, points, execution.probe_axis)
     return evaluations if axis_name is None else jax.lax.pmean(evaluations, axis_name)
-
-
-def synced(tree: Any, axis_name: str) -> Any:
-    """The mean of each floating leaf over the axis; a flag that is set anywhere is set; integers are alike already."""
-
-    def sync(leaf: jax.Array) -> jax.Array:
-        if jnp.issubdtype(leaf.dtype, jnp.floating):
-            return jax.lax.pmean(leaf, axis_name)
-        return jax.lax.pmax(leaf.astype(jnp.int32), axis_name).astype(leaf.dtype)
-
-    return jax.tree.map(lambda leaf: sync(jnp.asarray(leaf)), tree)
-
-
-def varying(tree: Any, axis_name: str | None) -> Any:
-    """A tree marked as differing along the axis, so that gradients with respect to it are not summed over it.
-
-    Inside ``shard_map(check_vma=True)`` the gradient with respect to a replicated value is the sum over the
-    axis already; without the check, and under ``pmap`` and ``vmap``, it is local and there is nothing to mark.
-    """
-    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # the latter: one of vmap
-        return tree
-
-    def cast(leaf: Any) -> jax.Array:
-        kind: Any = jax.typeof(leaf)
-        already = kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # renamed during jax 0.10
-        return leaf if axis_name in already else jax.lax.pcast(leaf, axis_name, to="varying")
-
-    return jax.tree.map(cast, tree)
 
 
 def _evaluate(value_and_grad: ValueAndGrad, points: Sequence[Params], strategy: Strategy) -> list[Evaluation]:

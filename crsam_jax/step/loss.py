@@ -94,12 +94,17 @@ def checked_loss(loss: Any) -> jax.Array | None:
     """
     if loss is None:
         return None
-    if jnp.ndim(loss) or not jnp.issubdtype(jnp.result_type(loss), jnp.floating):
+    try:
+        value = jnp.asarray(loss)
+        is_scalar = value.ndim == 0 and jnp.issubdtype(value.dtype, jnp.floating)
+    except (TypeError, ValueError):
+        is_scalar = False
+    if not is_scalar:
         raise TypeError(
             "loss= takes L(w), the scalar that value_and_grad returned for loss_fn at these params; got "
-            f"{_summary(loss)} with shape {jnp.shape(loss)}. With has_aux=True pass the loss alone, without aux."
+            f"{_summary(loss)}. With has_aux=True pass the loss alone, without aux."
         )
-    return jnp.asarray(loss)
+    return value
 
 
 def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:

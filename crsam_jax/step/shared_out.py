@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from crsam_jax.step.axes import gathered, is_mapped
 from crsam_jax.step.types import Evaluation, Params, ValueAndGrad
 
 
@@ -18,7 +19,7 @@ def shared_out(value_and_grad: ValueAndGrad, points: Sequence[Params], axis: str
     Raises:
       ValueError: if the axis is neither one of the mesh in context nor mapped over already.
     """
-    if _is_mapped(axis):
+    if is_mapped(axis):
         return _evaluations(value_and_grad, points, axis)
     mesh = jax.sharding.get_abstract_mesh()
     if axis not in mesh.axis_names:
@@ -42,18 +43,10 @@ def _evaluations(value_and_grad: ValueAndGrad, points: Sequence[Params], axis: s
     for start in range(0, len(points), places):
         here = points[start : start + places]
         mine = _chosen(here, jnp.minimum(jax.lax.axis_index(axis), len(here) - 1))
-        gathered = jax.lax.all_gather(Evaluation(*value_and_grad(mine)), axis)
-        evaluations += [jax.tree.map(lambda leaf, i=i: leaf[i], gathered) for i in range(len(here))]
+        everywhere = gathered(Evaluation(*value_and_grad(mine)), axis)
+        evaluations += [jax.tree.map(lambda leaf, i=i: leaf[i], everywhere) for i in range(len(here))]
     return evaluations
 
 
 def _chosen(points: Sequence[Params], place: jax.Array) -> Params:
     return jax.tree.map(lambda *leaves: jax.lax.select_n(place, *leaves), *points)
-
-
-def _is_mapped(axis: str) -> bool:
-    try:
-        jax.lax.axis_index(axis)
-    except NameError:
-        return False
-    return True

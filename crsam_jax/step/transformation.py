@@ -9,9 +9,10 @@ import optax
 
 from crsam_jax.ascents.ascent import GRADIENT_ASCENT, Ascent, checked_ascent, masked_ascent
 from crsam_jax.step import fallbacks, trees
+from crsam_jax.step.axes import synced, varying
 from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_params, value_at
 from crsam_jax.step.diagnostics import Diagnostics, accumulated, initial
-from crsam_jax.step.evaluation import evaluate, loss_at, perturb, synced, varying
+from crsam_jax.step.evaluation import evaluate, loss_at, perturb
 from crsam_jax.step.execution import Execution, checked_execution
 from crsam_jax.step.loss import LossBinder, checked_loss
 from crsam_jax.step.products import products_of

@@ -73,7 +73,9 @@ def timings(config: Benchmark) -> list[Timing]:
     device = jax.devices()[0]
     rows = []
     for program in programs:
-        low, middle, high = (1e3 * second for second in statistics.quantiles(seconds[program.name], n=4))
+        low, middle, high = (
+            1e3 * second for second in statistics.quantiles(seconds[program.name], n=4, method="inclusive")
+        )
         rows.append(
             Timing(
                 device.device_kind if device.platform != "cpu" else "cpu",

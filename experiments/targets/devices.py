@@ -9,6 +9,7 @@ import os
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
@@ -25,6 +26,13 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 """
 _H100_BYTES = 84_978_434_048
 _TUNED_BY_RUNNING = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+
+_WITHOUT_TPU = {  # there is none to ask for its kind and its place in a pod, nor one to keep from other processes
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-4",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 
 class Target(NamedTuple):
@@ -95,9 +103,8 @@ def _h100s(count: int) -> list[jax.Device]:
 
 def _tpus(name: str) -> list[jax.Device]:
     _need("libtpu", name)
-    # There is no TPU to ask for its place in a pod, and none to be kept from other processes.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+    for variable, value in _WITHOUT_TPU.items():
+        os.environ.setdefault(variable, value)
     try:
         return list(topologies.get_topology_desc(name, platform="tpu").devices)
     except jax.errors.JaxRuntimeError as error:
@@ -112,4 +119,4 @@ def _need(module: str, name: str) -> None:
 
 
 def _mesh(devices: list[jax.Device]) -> Mesh:
-    return jax.make_mesh((len(devices),), ("data",), (AxisType.Auto,), devices=devices)
+    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))

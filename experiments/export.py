@@ -1,0 +1,46 @@
+"""Parameters of a run as a safetensors file, for other programs."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from experiments.configs import Run
+from experiments.program import averaged
+from experiments.restore import restore
+
+
+def export(folder: Path, out: Path | None = None, step: int | None = None, average: bool = False) -> Path:
+    """Writes parameters and BatchNorm's statistics by their paths, such as ``blocks/0/conv1/kernel``.
+
+    Args:
+      folder: of the run.
+      out: the file; FOLDER/params.safetensors by default.
+      step: of the checkpoint; the last by default.
+      average: whether to write the averaged weights.
+
+    Returns:
+      The file.
+
+    Raises:
+      FileNotFoundError: if there is no such run or checkpoint.
+      ImportError: if safetensors is not installed.
+      ValueError: if there is no average.
+    """
+    try:
+        from safetensors.numpy import save_file
+    except ImportError as error:
+        raise ImportError("Export needs safetensors: pip install safetensors.") from error
+    restored = restore(folder, step, Run(devices=1))
+    state, out = restored.state, out or folder / "params.safetensors"
+    networks = averaged(state) if average else (state.params, state.model_state)
+    arrays = {
+        jax.tree_util.keystr(path, simple=True, separator="/").removesuffix("/value"): np.asarray(leaf)  # nnx's box
+        for tree in networks
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+    recipe = restored.recipe
+    note = {"model": recipe.model, "dataset": recipe.dataset, "method": recipe.method, "step": str(int(state.step))}
+    save_file(arrays, out, note)
+    print(f"{len(arrays)} arrays of {folder}, step {note['step']}, are in {out}.")
+    return out

@@ -1,0 +1,107 @@
+"""Searches: what is sampled, that the best is chosen on held-out data, and that it can be trained."""
+
+import csv
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
+pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
+
+from experiments import arms, jobs, overrides, recipes
+from experiments.configs import Run, Tune
+from experiments.inputs import load
+from experiments.tune import sample, space_of, tune
+
+pytestmark = pytest.mark.usefixtures("compiled")
+
+TINY = dataclasses.replace(
+    recipes.get("digits"), epochs=2, batch_size=32, examples_per_class=7, model_options={"width": 4}
+)  # fmt: skip
+CONFIG = Tune(methods=("base", "sam"), trials=3, seeds=2, space=("sam.rho=0.01:0.1",))
+
+
+@pytest.fixture(scope="module")
+def found(compiled, tmp_path_factory):
+    """The folder of a search, and the recipes that were trained in it."""
+    trained, real = [], jobs.train
+
+    def train(name, recipe, run, quiet):
+        trained.append(recipe)
+        return real(name, recipe, run, quiet)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(jobs, "train", train)
+        run = Run(out=tmp_path_factory.mktemp("tune"), keep=1, log_steps=0, devices=1)
+        return tune("digits", TINY, CONFIG, {"weight_decay": 1e-3}, run), trained
+
+
+def test_arms_have_equally_many_trials_on_held_out_data(found):
+    _, trained = found
+    assert [recipe.method for recipe in trained] == ["base", "base", "sam", "sam"] * 3
+    assert [recipe.seed for recipe in trained] == [100, 101] * 6
+    assert {recipe.evaluate_on for recipe in trained} == {"validation"}
+    assert {recipe.weight_decay for recipe in trained} == {1e-3}
+    assert all(0.001 < recipe.learning_rate < 0.3 for recipe in trained)
+    assert all(0.01 <= recipe.sam.rho <= 0.1 for recipe in trained if recipe.method == "sam")
+    held_out = {image.tobytes() for image in load(trained[0]).test.images}
+    assert not held_out & {image.tobytes() for image in load(dataclasses.replace(TINY)).test.images}
+
+
+def test_the_best_is_the_highest_mean_and_can_be_trained(found):
+    folder, _ = found
+    with (folder / "trials.csv").open() as file:
+        rows = [row for row in csv.DictReader(file) if row["arm"] == "sam"]
+    with (folder / "runs.csv").open() as file:
+        runs = [row for row in csv.DictReader(file) if row["arm"] == "sam"]
+    means = [np.mean([float(run["test_accuracy"]) for run in runs[i : i + 2]]) for i in (0, 2, 4)]
+    assert [float(row["accuracy"]) for row in rows] == pytest.approx(means)
+    best = rows[int(np.argmax(means))]
+    recipe = arms.resolve(overrides.find(str(folder / "digits-tuned.json")), "sam", {}, 0)
+    assert (recipe.learning_rate, recipe.sam.rho) == (float(best["learning_rate"]), float(best["sam.rho"]))
+    assert (recipe.weight_decay, recipe.evaluate_on, recipe.epochs) == (1e-3, "test", 2)
+    assert (folder / "trials.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_search_goes_on_with_more_trials(found, monkeypatch):
+    folder, _ = found
+    before = (folder / "runs.csv").read_text().splitlines()
+    trained, real = [], jobs.train
+    monkeypatch.setattr(jobs, "train", lambda *args, **kwargs: trained.append(args) or real(*args, **kwargs))
+    more = dataclasses.replace(CONFIG, trials=4)
+    tune("digits", TINY, more, {"weight_decay": 1e-3}, Run(out=folder, keep=1, log_steps=0, devices=1))
+    assert len(trained) == 4
+    assert set(before) < set((folder / "runs.csv").read_text().splitlines())
+
+
+def test_without_held_out_data_there_is_no_search(tmp_path):
+    with pytest.raises(ValueError, match="--validation-fraction"):
+        tune("digits", dataclasses.replace(TINY, validation_fraction=0.0), CONFIG, {}, Run(out=tmp_path, devices=1))
+
+
+def test_samples_fill_the_ranges_evenly_and_more_of_them_begin_alike():
+    space = {"learning_rate": (0.01, 1.0), "sam.rho": (0.1, 0.4)}
+    points = sample(space, 16)
+    for name, (low, high) in space.items():
+        place = np.sort([np.log(point[name] / low) / np.log(high / low) for point in points])
+        assert np.all(np.abs(place - (np.arange(16) + 0.5) / 16) < 0.55 / 16 + 0.01)  # one in each sixteenth
+    assert sample(space, 5) == points[:5]
+
+
+def test_ranges_are_of_the_methods_own_settings_and_of_those_of_all():
+    ranges = ("weight_decay=1e-4:1e-2", "crsam.rho=0.1:0.2")
+    sam, crsam = (arms.resolve(TINY, method, {}, 0) for method in ("sam", "crsam"))
+    assert space_of(sam, ranges) == {
+        "learning_rate": (0.003, 0.3), "sam.rho": (0.02, 1.0), "weight_decay": (1e-4, 1e-2)
+    }  # fmt: skip
+    assert space_of(crsam, ranges)["crsam.rho"] == (0.1, 0.2)
+    for bad in ("sam.rho", "sam.rho=1", "sam.rho=0:1", "sam.rho=2:1", "sam.rho=a:b"):
+        with pytest.raises(ValueError, match="key=low:high"):
+            space_of(sam, (bad,))
+
+
+def test_the_recipe_of_a_search_is_readable(found):
+    content = json.loads((found[0] / "digits-tuned.json").read_text())
+    assert set(content["per_method"]) == {"base", "sam", "crsam"}
