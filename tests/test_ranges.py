@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("tyro", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import __main__, inputs, program, ranges
+from experiments import cli, inputs, program, ranges
 from experiments.recipes import CrSam, Recipe
 
 TRAIN, COMPARE, TUNE = ("train", "digits"), ("compare", "digits"), ("tune", "digits")
@@ -24,14 +24,14 @@ def refused(monkeypatch, capsys, tmp_path):
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["experiments", *arguments, "--out", str(tmp_path / "out")])
-        assert __main__.main() == 1
+        assert cli.main() == 1
         [line] = capsys.readouterr().err.splitlines()
         assert not (tmp_path / "out").exists()
         return line
 
     for module, name in ((inputs, "load"), (program, "_program")):
         monkeypatch.setattr(module, name, never)
-    monkeypatch.setattr(__main__, "_keep_compiled_programs", lambda: None)
+    monkeypatch.setattr(cli, "_keep_compiled_programs", lambda: None)
     return run
 
 
@@ -136,6 +136,6 @@ def test_another_networks_options_are_refused(monkeypatch, capsys, tmp_path):
         (["--dtype", "bfloat16"], "float32 alone"),
     ):
         monkeypatch.setattr(sys, "argv", ["experiments", "train", "digits", *options, "--out", str(tmp_path / "out")])
-        assert __main__.main() == 1
+        assert cli.main() == 1
         assert said in capsys.readouterr().err
         assert not (tmp_path / "out").exists()
