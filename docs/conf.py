@@ -1,0 +1,33 @@
+"""Settings of the documentation: ``make docs`` builds it into build/docs, with warnings as errors and no network."""
+
+import os
+from importlib.metadata import version as version_of
+
+project = author = "crsam_jax"
+project_copyright = "The crsam_jax authors, Apache-2.0"
+release = version = version_of("crsam_jax")
+
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+exclude_patterns = ["digits/table.md", "figures/table3.md"]  # written by commands, and shown on pages
+nitpicky = True
+
+myst_enable_extensions = ["deflist", "dollarmath"]
+myst_heading_anchors = 3
+
+autodoc_member_order = "bysource"
+autodoc_typehints = "none"  # the docstrings say what is taken, in words
+napoleon_use_ivar = True
+napoleon_use_rtype = False
+
+# The inventories of other projects are fetched when they are read, so links to them are made on request only.
+if os.environ.get("DOCS_INTERSPHINX"):
+    extensions.append("sphinx.ext.intersphinx")
+    intersphinx_mapping = {
+        "jax": ("https://docs.jax.dev/en/latest", None),
+        "optax": ("https://optax.readthedocs.io/en/latest", None),
+        "flax": ("https://flax.readthedocs.io/en/latest", None),
+    }
+
+html_theme = "furo"
+html_title = f"crsam_jax {release}"
+html_show_sphinx = False
