@@ -18,8 +18,10 @@ from crsam_jax.ascents.sparse import SparseState, dynamic_sparse_ascent, largest
 from crsam_jax.members.crsam import GradientFn, crsam, crsam_gradient
 from crsam_jax.members.gradient_norm import gradient_norm_penalty
 from crsam_jax.members.gsam import gsam
+from crsam_jax.members.one_evaluation import msam, s2sam
 from crsam_jax.members.random_probes import random_probes
 from crsam_jax.members.sam import asam, rsam, sam
+from crsam_jax.members.shifted import OneEvaluationDiagnostics, OneEvaluationState, eval_params
 from crsam_jax.members.wsam import DecoupledWsamState, decoupled_wsam, wsam
 from crsam_jax.policies.adaptive import AdaptivePolicyState, adaptive_policy
 from crsam_jax.policies.late import LateState, late
@@ -49,6 +51,8 @@ __all__ = [
     "GradientFn",
     "LateState",
     "LookState",
+    "OneEvaluationDiagnostics",
+    "OneEvaluationState",
     "OneSidedDiagnostics",
     "Outcome",
     "PeriodicState",
@@ -69,6 +73,7 @@ __all__ = [
     "decoupled_wsam",
     "dropped_ascent",
     "dynamic_sparse_ascent",
+    "eval_params",
     "friendly_ascent",
     "gradient_ascent",
     "gradient_norm_penalty",
@@ -79,10 +84,12 @@ __all__ = [
     "look",
     "masked_ascent",
     "momentum_ascent",
+    "msam",
     "one_sided",
     "periodic",
     "random_probes",
     "rsam",
+    "s2sam",
     "sam",
     "sharpness_aware",
     "smoothed_ascent",

@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
-from experiments import arms, jobs, runs
+from experiments import arms, jobs, ranges, runs
 from experiments.configs import Compare, Run
 from experiments.jobs import Job
 from experiments.methods import METHODS
@@ -31,12 +31,14 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
       FileExistsError: if a folder holds another run.
       ValueError: for an unknown method or setting.
     """
+    ranges.check(config, run)
     names = tuple(METHODS) if config.methods == ("all",) else tuple(dict.fromkeys(config.methods))
     against = config.against or names[0]
     if against not in names:
         raise ValueError(f"--against {against} is none of the arms: {', '.join(names)}.")
     folder = run.out or Path("results") / name / "compare"
     recipes = {arm: arms.resolve(recipe, arm, changes, seed=0) for arm in names}
+    ranges.check(*recipes.values())
     if config.budget != "epochs":
         recipes = _with_equal_cost(name, recipes, config, folder, run)
     todo = [

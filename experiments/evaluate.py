@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from experiments import ranges
 from experiments.configs import Run
 from experiments.data import imagenet
 from experiments.inputs import Batch, streamed_batches
@@ -36,6 +37,7 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
       FileNotFoundError: if there is no such run, checkpoint or data.
       ValueError: if the network was not trained on ImageNet, and ``on`` is.
     """
+    ranges.check(run)
     restored = restore(folder, step, run)
     if on != "test" and restored.recipe.dataset != "imagenet2012":
         raise ValueError(f"{on} is for networks trained on ImageNet; {folder} is of {restored.recipe.dataset}.")

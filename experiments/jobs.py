@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 from rich.console import Console
 
-from experiments import runs
+from experiments import ranges, runs
 from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
@@ -75,8 +75,10 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
 
     Raises:
       FileExistsError: if a folder holds another run.
+      ValueError: if a setting is out of its range.
       SystemExit: after Ctrl-C or SIGTERM, once the run is saved.
     """
+    ranges.check(run, *(job.recipe for job in jobs))
     for job in jobs:
         runs.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]

@@ -64,6 +64,9 @@ def make_network(recipe: Recipe, signature: Signature, groups: int = 1) -> Netwo
 def _make_model(recipe: Recipe, signature: Signature, seed: int | jax.Array) -> nnx.Module:
     shape, rngs, options = signature.image_shape, nnx.Rngs(jax.random.key(seed)), dict[str, Any](recipe.model_options)
     if recipe.model == "convnet":
+        models.check_options("convnet", ConvNet, options)
+        if recipe.dtype != "float32":
+            raise ValueError(f"The convnet computes in float32 alone: take another network for --dtype {recipe.dtype}.")
         return ConvNet(shape[-1], signature.num_classes, **options, rngs=rngs)
     dtype = jnp.dtype(recipe.dtype)
     return models.build(recipe.model, signature.num_classes, shape, rngs, dtype, **options)

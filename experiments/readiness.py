@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from experiments import recipes, scale, tables
+from experiments import ranges, recipes, scale, tables
 from experiments.configs import Readiness, Run
 from experiments.data import imagenet
 from experiments.inputs import Signature
@@ -67,6 +67,7 @@ def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
       ImportError: if the compiler for ``config.target`` is not installed.
       ValueError: for an unknown name or target.
     """
+    ranges.check(config)
     if config.target is None and config.devices is not None:
         raise ValueError("--devices is for a --target.")
     if config.target is not None and not config.compile:

@@ -31,6 +31,8 @@ def check_free(recipe: Recipe, folder: Path) -> None:
       ValueError: if its configuration is damaged.
     """
     path = folder / "config.json"
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"{folder} is a file: name a folder with --out.")
     if path.exists():
         saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))

@@ -12,7 +12,7 @@ import jax
 from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import runs, scale
+from experiments import ranges, runs, scale
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import open_inputs
@@ -46,9 +46,10 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
       FileExistsError: if the folder holds another run, or another process is writing to it.
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
-      ValueError: if all checkpoints of the run are damaged.
+      ValueError: if a setting is out of its range, or all checkpoints of the run are damaged.
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
+    ranges.check(recipe, run)
     folder = folder_of(name, recipe, run.out)
     mesh = scale.start(run)
     is_first = jax.process_index() == 0

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from scipy.stats import qmc
 
-from experiments import arms, jobs, plots, runs, tables
+from experiments import arms, jobs, plots, ranges, runs, tables
 from experiments.configs import Run, Tune
 from experiments.jobs import Job
 from experiments.methods import METHODS
@@ -51,6 +51,7 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
       FileExistsError: if the folder holds a search over other ranges.
       ValueError: for an unknown method or setting, or a range that is none.
     """
+    ranges.check(config, run)
     folder = run.out or Path("results") / name / "tune"
     searches = {arm: _search(arm, recipe, config, changes, folder) for arm in dict.fromkeys(config.methods)}
     # Trial by trial over all arms, so that an interruption leaves searches of one size.

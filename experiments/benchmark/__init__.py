@@ -5,7 +5,7 @@ from typing import Any
 
 import jax
 
-from experiments import configs, tables
+from experiments import configs, ranges, tables
 from experiments.benchmark import here, there
 
 
@@ -16,6 +16,7 @@ def benchmark(config: configs.Benchmark) -> None:
       ImportError: if the compiler for ``config.target`` is not installed.
       ValueError: if there is no such network or target, or not as many devices.
     """
+    ranges.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
     rows: Sequence[Any]
     if config.target is None:

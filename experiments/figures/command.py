@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from experiments import tables
+from experiments import ranges, tables
 from experiments.figures.curvature_plots import figure_1, figure_2
 from experiments.figures.measures import Curvature, Ratio
 from experiments.figures.missing import CURVATURE, RATIO, SURFACE, measure_all
@@ -34,6 +34,7 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
       FileNotFoundError: if there are no runs, or an epoch's checkpoint was not kept.
       ValueError: if the runs cannot be compared.
     """
+    ranges.check(settings)
     out = out or folder / "figures"
     trained = find_runs(folder)
     labels = {run.recipe.method: run.label for run in trained}

@@ -1,6 +1,8 @@
 """The networks of the paper, and a small one, by name."""
 
+import inspect
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -15,6 +17,16 @@ from experiments.models.wide_resnet import WideResNet
 from experiments.names import unknown
 
 NAMES = ("resnet8", "resnet18", "resnet50", "resnet101", "wrn28_10", "pyramidnet110", "vit_s32", "vit_b32", "vit_ti4")
+
+_GIVEN = (
+    "self",
+    "num_classes",
+    "channels",
+    "in_channels",
+    "image_shape",
+    "dtype",
+    "rngs",
+)  # by the data and the recipe
 
 _SMALL_IMAGE = 64  # pixels; residual networks take the stem of ImageNet above
 
@@ -44,7 +56,7 @@ def build(
       The network: a module from images [batch, height, width, channels] to logits [batch, num_classes].
 
     Raises:
-      ValueError: if there is no such network.
+      ValueError: if there is no such network, or it has no such option.
 
     Example:
       >>> model = nnx.eval_shape(lambda: build("resnet18", 10, (32, 32, 3), nnx.Rngs(0)))  # allocates nothing
@@ -85,7 +97,20 @@ def build(
             architecture, defaults = VisionTransformer, tokens | {"patch_size": 4, "width": 192, "num_heads": 3}
         case _:
             raise unknown("model", name, NAMES)
+    check_options(name, architecture, changes)
     return architecture(**(defaults | changes), dtype=dtype, rngs=rngs)
+
+
+def check_options(name: str, architecture: type[nnx.Module], options: Iterable[str]) -> None:
+    """Makes sure that a network takes some options.
+
+    Raises:
+      ValueError: naming the first that it does not take, and those that it does.
+    """
+    known = [option for option in inspect.signature(architecture.__init__).parameters if option not in _GIVEN]
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{name} has no option {option!r}, it has {', '.join(known)}: see model_options.")
 
 
 def parameter_count(model: nnx.Module) -> int:
