@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-slow lint types wheel clean
+.PHONY: demo test test-slow lint types wheel address clean
 
 demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
 	$(BIN)/python -m experiments compare digits
@@ -24,6 +24,13 @@ types: $(VENV)/.dev
 
 wheel: $(VENV)/.dev  ## builds the wheel and imports it on every supported Python that is installed
 	PYTHON=$(BIN)/python .ci/check-wheel
+
+address:  ## the repository's address, from setup.cfg to where it is needed too
+	url=$$(sed -n 's/^url = *//p' setup.cfg); \
+	sed -i.bak -e '/^repository-code:/d' CITATION.cff && \
+	if [ -n "$$url" ]; then sed -i.bak "s|^license: .*|&\nrepository-code: \"$$url\"|" CITATION.cff; fi; \
+	sed -i.bak "s|repository = \\\\\"[^\\\"]*\\\\\"  # @param|repository = \\\\\"$$url\\\\\"  # @param|" experiments/notebooks/quickstart.ipynb; \
+	rm -f CITATION.cff.bak experiments/notebooks/quickstart.ipynb.bak
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

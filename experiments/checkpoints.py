@@ -4,6 +4,7 @@ A checkpoint is a folder, ``checkpoints/STEP``, with the arrays, the position of
 files as they were at that step. It is sealed by checksums before it gets its name.
 """
 
+import errno
 import json
 import shutil
 import sys
@@ -20,6 +21,9 @@ from experiments.program import State
 
 CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
 """Files of a run of which each of its checkpoints has a copy."""
+
+
+_BESIDE_ARRAYS = 1 << 20  # bytes: blocks that are not full, metadata, checksums
 
 
 class Checkpoints:
@@ -59,6 +63,7 @@ class Checkpoints:
             return
         partial = self.folder / f"{step}.partial"
         if jax.process_index() == 0:
+            self._check_space(state)
             partial.mkdir(parents=True)
         self._arrays.save(partial / "arrays", _flat(state))
         files = {name: (self.run / name).read_bytes() for name in (CONFIG, *LOGS) if (self.run / name).exists()}
@@ -136,7 +141,8 @@ class Checkpoints:
             try:
                 pending.result()
             except Exception as error:  # the libraries below raise many kinds
-                reason = str(error).partition("\n")[0]
+                # A library's reason is the last of a chain.
+                reason = error.strerror if isinstance(error, OSError) else str(error).rpartition(": ")[2]
                 raise OSError(f"A checkpoint could not be written to {self.folder}: {reason}") from error
 
     def close(self) -> None:
@@ -146,6 +152,14 @@ class Checkpoints:
         finally:
             self._background.shutdown()
             self._arrays.close()
+
+    def _check_space(self, state: State) -> None:
+        """What does not fit is not begun: half a checkpoint would only fill the disk."""
+        needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_ARRAYS
+        free = shutil.disk_usage(self.run).free
+        if free < needed:
+            message = f"No space left for a checkpoint, which takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free"
+            raise OSError(errno.ENOSPC, message, str(self.folder))
 
     def _complete(self, step: int, files: dict[str, bytes]) -> None:
         self._arrays.wait_until_finished()

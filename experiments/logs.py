@@ -1,7 +1,7 @@
 """What a training run writes down: epochs as CSV, steps as JSON lines, both as events for TensorBoard and W&B."""
 
 import json
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
@@ -75,13 +75,13 @@ class Log:
         rows = [row for row in read_epochs(self._epochs) if row.step <= step] if step else []
         tables.write(self._epochs, rows) if rows else tables.replace(self._epochs, "")
         if self._has_steps:
-            from tensorboardX import SummaryWriter
+            from experiments.events import Events
 
             steps = folder / "steps.jsonl"
             lines = [line for line in read_steps(steps) if line["step"] <= step] if step else []
             tables.replace(steps, "".join(json.dumps(line) + "\n" for line in lines))
             self._steps = self._stack.enter_context(steps.open("a"))
-            self._events = self._stack.enter_context(SummaryWriter(str(folder), purge_step=step + 1))
+            self._events = self._stack.enter_context(closing(Events(folder, step + 1)))
         if wandb is not None:
             self._wandb = _start_wandb(wandb, folder, config)
 
@@ -101,9 +101,7 @@ class Log:
     def _add(self, group: str, values: dict[str, Any], step: int) -> None:
         known = {f"{group}/{name}": value for name, value in values.items() if name != "step" and value is not None}
         if self._has_steps:
-            for name, value in known.items():
-                self._events.add_scalar(name, value, step)
-            self._events.flush()
+            self._events.add(known, step)
         if self._wandb is not None:
             self._wandb.log(known, step=step)
 

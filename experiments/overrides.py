@@ -20,7 +20,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """All settings of a recipe, or of what was one in JSON, by dotted name.
 
     Example:
-      >>> flat(recipes.get("digits"))["crsam.alpha"]
+      >>> flat(recipes.get("cifar10-wrn28-10"))["crsam.alpha"]
       0.5
     """
     fields = node if isinstance(node, dict) else {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}

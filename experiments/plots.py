@@ -96,6 +96,7 @@ def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
                 axis.errorbar(x, y, spread, fmt="o", color=_COLORS[2], elinewidth=0.8)
                 axis.plot(best[name], best["accuracy"], "o", color=_COLORS[3], markersize=5, zorder=3)
                 axis.set(xscale="log", xlabel=name)
+                style.plain_log_ticks(axis.xaxis, (1,))
             row[0].set_ylabel(f"{arm}\naccuracy, %")
         figure.savefig(path, dpi=150)
         plt.close(figure)

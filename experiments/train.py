@@ -47,10 +47,20 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
       ValueError: if a setting is out of its range, or all checkpoints of the run are damaged.
+      OSError: if the folder cannot be written.
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     ranges.check(recipe, run)
     folder = folder_of(name, recipe, run.out)
+    try:
+        return _train(name, recipe, run, folder, quiet)
+    except OSError as error:
+        if error.errno is not None and error.filename is None:  # what is open has no name in its errors
+            error.filename = str(folder)
+        raise
+
+
+def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Path:
     mesh = scale.start(run)
     is_first = jax.process_index() == 0
     console = Console(quiet=quiet or not is_first)

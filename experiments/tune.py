@@ -62,7 +62,7 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     rows: dict[str, list[dict[str, Any]]] = {}
     common, names = changed(recipe, changes), ["learning_rate"]
     for arm, search in searches.items():
-        space = space_of(search[0][0].recipe, config.space)
+        space = space_of(search[0][0].recipe.method, common.learning_rate, config.space)
         names += [key for key in space if key not in names]
         rows[arm] = [_row(arm, trial, seeds, list(space)) for trial, seeds in enumerate(search)]
         winner = max(rows[arm], key=lambda row: row["accuracy"])
@@ -77,23 +77,23 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     return folder
 
 
-def space_of(recipe: Recipe, ranges: Sequence[str] = ()) -> dict[str, tuple[float, float]]:
-    """The ranges that are searched for a recipe's method.
+def space_of(method: str, rate: float, ranges: Sequence[str] = ()) -> dict[str, tuple[float, float]]:
+    """The ranges that are searched for a method.
 
     Args:
-      recipe: of the arm.
+      method: its name.
+      rate: the recipe's learning rate, not one for a single method: all are searched around the same.
       ranges: ``key=low:high``, in place of the default ones; a setting that is no method's own is searched for all.
 
     Raises:
       ValueError: for a range that is none.
 
     Example:
-      >>> from experiments import recipes
-      >>> space_of(recipes.get("digits"), ["learning_rate=0.01:1", "weight_decay=1e-5:1e-3", "sam.rho=0.1:0.2"])
+      >>> space_of("base", 0.1, ["learning_rate=0.01:1", "weight_decay=1e-5:1e-3", "sam.rho=0.1:0.2"])
       {'learning_rate': (0.01, 1.0), 'weight_decay': (1e-05, 0.001)}
     """
-    own = ("learning_rate", *METHODS[recipe.method].tunes)
-    default = SPACE | {"learning_rate": (recipe.learning_rate / 10, recipe.learning_rate * 10)}
+    own = ("learning_rate", *METHODS[method].tunes)
+    default = SPACE | {"learning_rate": (rate / 10, rate * 10)}
     space = {key: default[key] for key in own}
     for text in ranges:
         key, _, ends = text.partition("=")
@@ -121,8 +121,8 @@ def sample(space: Space, count: int) -> list[dict[str, float]]:
 def _search(arm: str, recipe: Recipe, config: Tune, changes: Changes, folder: Path) -> list[list[Job]]:
     """The jobs of an arm: for each trial one a seed."""
     own = arms.resolve(recipe, arm, dict(changes) | {"evaluate_on": "validation"}, FIRST_SEED)
-    trials = []
-    for number, point in enumerate(sample(space_of(own, config.space), config.trials)):
+    space, trials = space_of(own.method, changed(recipe, changes).learning_rate, config.space), []
+    for number, point in enumerate(sample(space, config.trials)):
         one = changed(own, point)
         seeds = [dataclasses.replace(one, seed=FIRST_SEED + index) for index in range(config.seeds)]
         trials.append([Job(arm, s, folder / f"trial{number}" / arms.folder_name(arm, s.seed)) for s in seeds])

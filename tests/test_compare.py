@@ -28,6 +28,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 TINY = dataclasses.replace(
     recipes.get("digits"), epochs=2, batch_size=32, examples_per_class=7, model_options={"width": 4}
 )  # fmt: skip
+RATE = TINY.per_method["sam"]["learning_rate"]
 QUICK = Run(keep=None, log_steps=0, probe_examples=20, devices=1)
 TWO = Compare(methods=("base", "sam"), seeds=2)
 
@@ -79,12 +80,12 @@ def test_without_held_out_data_there_is_no_validation():
 def test_a_run_writes_results_recipes_tables_and_plots(folder):
     rows = read(folder / "runs.csv")
     assert [(row["arm"], row["seed"]) for row in rows] == [("base", "0"), ("base", "1"), ("sam", "0"), ("sam", "1")]
-    assert rows[2]["settings"] == "learning_rate=0.03 sam.rho=0.2"
+    assert rows[2]["settings"] == f"learning_rate={RATE:g} sam.rho={TINY.sam.rho:g}"
     assert float(rows[2]["evaluations_per_step"]) == 2
     last = read_epochs(folder / "sam-seed1" / "metrics.csv")[-1]
     assert float(rows[3]["test_accuracy"]) == last.test_accuracy
     assert float(rows[3]["calibration_error"]) == last.calibration_error
-    assert json.loads((folder / "recipes.json").read_text())["sam"]["learning_rate"] == 0.03
+    assert json.loads((folder / "recipes.json").read_text())["sam"]["learning_rate"] == RATE
     assert "| SAM |" in (folder / "table.md").read_text()
     assert "| against SGD |" in (folder / "table.md").read_text()
     for name in ("curves.png", "time.png"):

@@ -14,9 +14,9 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 from experiments import recipes, tables
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.figures import command, measure, measures, network, surfaces
-from experiments.figures.measure import CURVATURE, RATIO, SURFACE
+from experiments.figures import command, measures, missing, network, surfaces
 from experiments.figures.measures import Curvature, Ratio
+from experiments.figures.missing import CURVATURE, RATIO, SURFACE
 from experiments.figures.settings import Figures
 from experiments.figures.surface_plots import grid_of, interactive
 from experiments.figures.surfaces import SurfacePoint
@@ -79,7 +79,7 @@ def fake_surface(losses, snapshot, batch, settings, run):
 def fakes():
     with pytest.MonkeyPatch.context() as patch:
         for name, fake in (("curvature", fake_curvature), ("ratio", fake_ratio), ("surface", fake_surface)):
-            patch.setattr(measure, f"measure_{name}", fake)
+            patch.setattr(missing, f"measure_{name}", fake)
         yield
 
 

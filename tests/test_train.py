@@ -240,6 +240,6 @@ def test_a_resolved_configuration_gives_the_run_back(tmp_path):
         subprocess.run([*command, *start, *rest, "--out", str(tmp_path / folder)], check=True, cwd=ROOT)
     one, two = (json.loads((tmp_path / name / "config.json").read_text()) for name in ("one", "two"))
     assert one == two
-    assert (one["sam"]["rho"], one["seed"], one["learning_rate"], one["model_options"]) == (0.4, 2, 0.03, {"width": 4})
+    assert (one["sam"]["rho"], one["seed"], one["learning_rate"], one["model_options"]) == (0.4, 2, 0.151, {"width": 4})
     rows = [read_epochs(tmp_path / name / "metrics.csv")[-1].test_loss for name in ("one", "two")]
     assert rows[0] == rows[1]

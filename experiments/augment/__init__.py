@@ -1,7 +1,5 @@
 """Augmentations of the paper, on the device: pure functions of a key and a batch, to be jitted with the step."""
 
-import difflib
-
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
@@ -9,6 +7,7 @@ from jax.typing import DTypeLike
 from experiments.augment.autoaugment import autoaugment
 from experiments.augment.basic import basic, cutout, random_crop, random_flip
 from experiments.augment.inception import inception_crop
+from experiments.names import unknown
 
 __all__ = [
     "NAMES",
@@ -62,9 +61,7 @@ def augment(
             return normalize(autoaugment(second, basic(first, images)), mean, std, dtype)
         case "inception":
             return normalize(random_flip(first, inception_crop(second, images)), mean, std, dtype)
-    close = difflib.get_close_matches(name, NAMES)
-    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(NAMES)}."
-    raise ValueError(f"There is no augmentation {name!r}: {hint}")
+    raise unknown("augmentation", name, NAMES)
 
 
 def normalize(

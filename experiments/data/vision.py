@@ -1,6 +1,5 @@
 """CIFAR-10, CIFAR-100 and Fashion-MNIST, whole, in memory."""
 
-import difflib
 import hashlib
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ import numpy as np
 
 from experiments.data.dataset import Dataset, Split
 from experiments.data.source import find_builder
+from experiments.names import unknown
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
 
@@ -34,9 +34,7 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
       FileNotFoundError: saying what to do, if it has not been prepared.
     """
     if name not in NAMES:
-        close = difflib.get_close_matches(name, NAMES)
-        hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(NAMES)}."
-        raise ValueError(f"There is no data set {name!r}: {hint}")
+        raise unknown("data set", name, NAMES)
     builder = find_builder(name, data_dir)
     cache = _cache_path(builder, cache_dir)
     if not cache.exists():

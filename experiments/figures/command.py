@@ -4,8 +4,8 @@ from pathlib import Path
 
 from experiments import ranges, tables
 from experiments.figures.curvature_plots import figure_1, figure_2
-from experiments.figures.measure import CURVATURE, RATIO, SURFACE, measure_all
 from experiments.figures.measures import Curvature, Ratio
+from experiments.figures.missing import CURVATURE, RATIO, SURFACE, measure_all
 from experiments.figures.settings import Figures, What
 from experiments.figures.surface_plots import figure_4, interactive
 from experiments.figures.surfaces import SurfacePoint

@@ -1,6 +1,5 @@
 """The networks of the paper, and a small one, by name."""
 
-import difflib
 import inspect
 import math
 from collections.abc import Iterable
@@ -15,6 +14,7 @@ from experiments.models.pyramidnet import PyramidNet
 from experiments.models.resnet import BasicBlock, Bottleneck, ResNet
 from experiments.models.vit import VisionTransformer
 from experiments.models.wide_resnet import WideResNet
+from experiments.names import unknown
 
 NAMES = ("resnet8", "resnet18", "resnet50", "resnet101", "wrn28_10", "pyramidnet110", "vit_s32", "vit_b32", "vit_ti4")
 
@@ -96,9 +96,7 @@ def build(
         case "vit_ti4":
             architecture, defaults = VisionTransformer, tokens | {"patch_size": 4, "width": 192, "num_heads": 3}
         case _:
-            close = difflib.get_close_matches(name, NAMES)
-            hint = f"did you mean {' or '.join(map(repr, close))}?" if close else f"there are {', '.join(NAMES)}."
-            raise ValueError(f"There is no model {name!r}: {hint}")
+            raise unknown("model", name, NAMES)
     check_options(name, architecture, changes)
     return architecture(**(defaults | changes), dtype=dtype, rngs=rngs)
 

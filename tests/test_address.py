@@ -1,0 +1,42 @@
+"""The repository's address stands in setup.cfg, and is the same where it is needed too."""
+
+import configparser
+import json
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FILES = ("setup.cfg", "Makefile", "CITATION.cff", "experiments/notebooks/quickstart.ipynb")
+
+
+def addresses(root):
+    config = configparser.ConfigParser(interpolation=None)
+    config.read(root / "setup.cfg")
+    citation = re.search(r'^repository-code: "(.*)"$', (root / "CITATION.cff").read_text(), re.MULTILINE)
+    cells = json.loads((root / "experiments/notebooks/quickstart.ipynb").read_text())["cells"]
+    notebook = re.search(r'^repository = "(.*)"  # @param', "".join(cells[1]["source"]), re.MULTILINE)
+    return config["metadata"].get("url", ""), citation[1] if citation else "", notebook[1]
+
+
+def test_all_places_agree():
+    assert len(set(addresses(ROOT))) == 1
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_the_owner_fills_in_one(tmp_path):
+    for name in FILES:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    text = (tmp_path / "setup.cfg").read_text()
+    for address in ("https://example.org/a/b.git", "https://example.org/c.git", ""):
+        (tmp_path / "setup.cfg").write_text(
+            re.sub(r"^# url =.*$", f"url = {address}" if address else "# url =", text, flags=re.MULTILINE)
+        )
+        subprocess.run(["make", "address"], cwd=tmp_path, check=True)
+        assert addresses(tmp_path) == (address, address, address)
+    before = {name: (ROOT / name).read_text() for name in FILES[2:]}
+    assert before == {name: (tmp_path / name).read_text() for name in before} or addresses(ROOT)[0]
