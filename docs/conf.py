@@ -10,7 +10,10 @@ release = version = version_of("crsam_jax")
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["digits/table.md", "figures/table3.md"]  # written by commands, and shown on pages
 nitpicky = True
-nitpick_ignore_regex = [("py:.*", r"(collections|jax|numpy|optax|typing)\..*"), ("py:.*", r"crsam_jax\.step\..*")]
+nitpick_ignore_regex = [
+    ("py:.*", r"(collections|jax|numpy|optax|typing)\..*"),
+    ("py:.*", r"crsam_jax\.(step|members)\..*"),
+]
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3

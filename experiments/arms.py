@@ -69,5 +69,5 @@ def label(recipe: Recipe, name: str) -> str:
 
 
 def folder_name(name: str, seed: int) -> str:
-    """Of an arm's run."""
+    """The name of the folder of an arm's run."""
     return re.sub(r"[^\w.=-]+", "_", name) + f"-seed{seed}"

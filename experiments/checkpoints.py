@@ -117,7 +117,7 @@ class Checkpoints:
 
     @property
     def steps(self) -> list[int]:
-        """Of all complete checkpoints, ascending."""
+        """The steps of all complete checkpoints, ascending."""
         return steps_of(self.run)
 
     @property

@@ -69,9 +69,9 @@ def evaluate(
     """Evaluate a checkpoint: accuracy and loss.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         on: Its own evaluation data, or ImageNet's corruptions or renditions.
-        step: Of the checkpoint; the last by default.
+        step: The step of the checkpoint; the last by default.
         run: Devices and data.
     """
     from experiments.evaluate import evaluate_run
@@ -85,9 +85,9 @@ def export(
     """Write the parameters of a run as a safetensors file.
 
     Args:
-        folder: Of the run.
+        folder: The folder of the run.
         out: The file; FOLDER/params.safetensors by default.
-        step: Of the checkpoint; the last by default.
+        step: The step of the checkpoint; the last by default.
         average: Write the averaged weights.
     """
     from experiments.export import export
@@ -132,10 +132,10 @@ def contact_sheet(
     """Draw training images, and what each augmentation makes of them.
 
     Args:
-        dataset: Whose images.
+        dataset: The data set whose images are drawn.
         out: The picture to write.
         data_dir: Folder of the data sets that TFDS prepared.
-        seed: Of the random choices.
+        seed: The seed of the random choices.
     """
     from experiments.augment.contact_sheet import draw_contact_sheet
     from experiments.data import vision

@@ -97,7 +97,7 @@ class Benchmark:
     width: int | None = None
     """Channels of the first convolution, or features of a token; the network's own by default, 32 of the ConvNet."""
     batch_size: int = 64
-    """Of all devices together."""
+    """Images in a step, on all devices together."""
     image_size: int = 32
     """Side of the images in pixels."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -109,7 +109,7 @@ class Benchmark:
     target: str | None = None
     """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
     devices: int = 1
-    """Of the target, over which the batch is divided."""
+    """How many devices of the target share the batch."""
     out: Path | None = None
     """Write the table to this CSV file too."""
 
@@ -125,6 +125,6 @@ class Readiness:
     target: str | None = None
     """Compile for another device, and say if its memory is enough: h100, or a topology of TPUs such as v5e:4x4."""
     devices: int | None = None
-    """Of the target, over which the batch is divided; all of a topology by default, one h100."""
+    """How many devices of the target share the batch; by default all of a topology, or one h100."""
     out: Path | None = None
     """Write the table to this file too."""

@@ -57,9 +57,9 @@ class Result(NamedTuple):
     trace: float | None = None
     normalized_trace: float | None = None
     evaluations_per_step: float | None = None
-    """Of the gradient."""
+    """How often a step evaluates the gradient, on average."""
     seconds: float | None = None
-    """Of all steps, without compilation and evaluation."""
+    """The time of all steps, without compilation and evaluation."""
     seconds_per_step: float | None = None
     error: str = ""
 

@@ -24,19 +24,19 @@ class EpochRow(NamedTuple):
     """Over the evaluation data, in evaluation mode."""
     test_accuracy: float
     learning_rate: float
-    """Of the epoch's last step."""
+    """The learning rate of the epoch's last step."""
     images_per_second: float
     """Training images, without the evaluations in between."""
     waiting_percent: float
     """Share of that time in which the loop waited for its input."""
     seconds: float = 0.0
-    """Of the steps since the row before, without compilation and evaluation."""
+    """The time of the steps since the row before, without compilation and evaluation."""
     evaluations_per_step: float = 1.0
     """Gradient evaluations, the mean over all steps so far."""
     calibration_error: float | None = None
     """Expected difference of confidence and accuracy on the evaluation data, over 15 bins of confidence."""
     average_loss: float | None = None
-    """Of the averaged weights on the evaluation data, like the next two; empty without an average."""
+    """The loss of the averaged weights on the evaluation data, as the next two are theirs; empty without an average."""
     average_accuracy: float | None = None
     average_calibration_error: float | None = None
     grad_norm: float | None = None
@@ -44,7 +44,7 @@ class EpochRow(NamedTuple):
     curvature: float | None = None
     """vᵀHv along v = ∇L/‖∇L‖."""
     trace: float | None = None
-    """Of the Hessian, after the last epoch."""
+    """The trace of the Hessian, after the last epoch."""
     normalized_trace: float | None = None
     """C(w), the trace over ‖∇L‖."""
 

@@ -38,7 +38,7 @@ class Clock:
 
     @property
     def waiting_percent(self) -> float:
-        """Of the time since the start."""
+        """The share of the time since the start that was spent waiting."""
         return 100 * self._waiting / (time.perf_counter() - self._start)
 
 

@@ -42,21 +42,21 @@ class Estimate(NamedTuple):
     method: str
     parameters: int
     flops: float
-    """Of a step."""
+    """Floating-point operations of a step."""
     steps: int
-    """Of the whole run."""
+    """Steps of the whole run."""
     state_bytes: int
     """Parameters, optimizer and model state: what every device holds between steps."""
     memory: Memory | None
-    """Of a device while the compiled step runs; None if it was not compiled."""
+    """Memory of a device while the compiled step runs; None if it was not compiled."""
 
     @property
     def temporary_bytes(self) -> int | None:
-        """Of the compiled step; None if it was not compiled, or its compiler refused it."""
+        """Temporaries of the compiled step; None if it was not compiled, or its compiler refused it."""
         return None if self.memory is None else self.memory.temporaries
 
     def hours(self, teraflops: float) -> float:
-        """Of the whole run at a sustained rate of 10¹² FLOP/s each."""
+        """Hours of the whole run at a sustained rate of so many 10¹² FLOP/s."""
         return self.flops * self.steps / (teraflops * 1e12) / 3600
 
 

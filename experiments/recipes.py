@@ -67,14 +67,14 @@ class Recipe:
     """A network of experiments.models, or convnet."""
     epochs: int
     batch_size: int
-    """Of all devices together."""
+    """Images in a step, on all devices together."""
     learning_rate: float
     """Peak of the cosine schedule."""
     weight_decay: float
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """The base: SGD with momentum, or AdamW with β₁ 0.9 and β₂ 0.999."""
     momentum: float = 0.9
-    """Of SGD."""
+    """The momentum of SGD."""
     warmup_epochs: float = 0.0
     """Linear from 0 to the peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
@@ -89,13 +89,13 @@ class Recipe:
     augmentation: Literal["none", "basic", "cutout", "autoaugment", "inception"] = "basic"
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
     seed: int = 0
-    """Of initial weights, order, augmentations, subset and label noise."""
+    """The seed of initial weights, order, augmentations, subset and label noise."""
     model_options: dict[str, int | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Changes to the network, such as its width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the network computes; parameters and losses are float32."""
     batch_norm: Literal["global", "device"] = "global"
-    """Whose statistics: of the whole batch, or of each device's part."""
+    """What BatchNorm's statistics are taken over: the whole batch, or each device's part."""
     accumulate: int = 1
     """Parts in which a batch passes the network, one after the other; the perturbation is that of the whole batch."""
     examples_per_class: int | None = None

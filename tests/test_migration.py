@@ -1,7 +1,7 @@
-"""Who comes from another implementation gets the same numbers: optax.contrib.sam, and the two- and three-step classes of PyTorch.
+"""Those who migrate get the same numbers as from optax.contrib.sam and from the step-by-step classes of PyTorch.
 
-The classes are written out in numpy here, from what they do: forward and backward pass, ``first_step``, forward and backward
-pass, ``second_step``, with SGD as PyTorch has it (weight decay added to the gradient, then momentum) as their base optimizer.
+The classes are written out in numpy here, from what they do: a forward and backward pass, ``first_step``, another pass,
+``second_step``. Their base optimizer is SGD as PyTorch has it: weight decay added to the gradient, then momentum.
 """
 
 import jax

@@ -12,12 +12,12 @@ from crsam_jax.step.types import GradientFn, Mask, Params
 
 
 def adaptive_ascent(eta: float = 0.01, adaptive: Mask | None = None) -> Ascent:
-    """The scale-invariant direction of ASAM: v = T² g/‖T g‖ with T = diag(|w| + η).
+    """The scale-invariant direction of ASAM: v = T² g/‖T g‖ with T = diag(abs(w) + η).
 
     One norm over the whole tree; ‖v‖ is not 1. Where T g is zero or not finite, v is zero.
 
     Args:
-      eta: η ≥ 0, added to |w| so that small weights still move. Unitless.
+      eta: η ≥ 0, added to abs(w) so that small weights still move. Unitless.
       adaptive: which leaves are scaled, as a prefix of params with bool leaves or a function from params to
         one; the others have T = 1. ``None``, the default, scales all of them. The authors' code scales
         the tensors whose name contains "weight" and leaves biases alone.

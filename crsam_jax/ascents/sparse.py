@@ -84,7 +84,7 @@ def sparse_ascent(mask: Any) -> Ascent:
 def dynamic_sparse_ascent(
     sparsity: float = 0.5, drop: float = 0.5, update_every: int = 100, total_steps: int = 10_000, seed: int = 0
 ) -> Ascent:
-    """SSAM-D: a random mask that, every so often, drops the elements with the smallest |g| and regrows others.
+    """SSAM-D: a random mask that, every so often, drops the elements with the smallest abs(g) and regrows others.
 
     At update step t the share drop · (1 + cos(πt/T))/2 of the kept elements is dropped, and as many of the others are
     taken in at random. One sort over all elements per update step.

@@ -147,7 +147,7 @@ def _ratio(one_step: Array, multi_step: Array, threshold: float) -> Approximatio
 
 
 def _standard_error(samples: Array) -> float:
-    """Of the mean; NaN for fewer than two samples."""
+    """The standard error of the mean; NaN for fewer than two samples."""
     return float(samples.std(ddof=1) / math.sqrt(samples.size)) if samples.size > 1 else math.nan
 
 

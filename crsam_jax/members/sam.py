@@ -71,7 +71,7 @@ def asam(
     mask: Mask | None = None,
     execution: Execution | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """ASAM: ∇L(w + ρ T² g/‖T g‖) with T = diag(|w| + η), invariant to rescaling of the weights.
+    """ASAM: ∇L(w + ρ T² g/‖T g‖) with T = diag(abs(w) + η), invariant to rescaling of the weights.
 
     Args:
       loss_fn: ``loss_fn(params, **kwargs) -> loss``, see :func:`crsam_jax.crsam`.

@@ -27,7 +27,7 @@ from crsam_jax.step.types import Mask, Params, Scalar, ScalarOrSchedule
 
 
 class OneEvaluationDiagnostics(NamedTuple):
-    """Of a step whose gradient was taken at w̃ = w + ρv.
+    """What a step saw whose gradient was taken at w̃ = w + ρv.
 
     Attributes:
       grad_norm: ‖∇L(w̃)‖ over the whole tree.

@@ -12,7 +12,7 @@ import numpy as np
 
 
 class OneSidedDiagnostics(NamedTuple):
-    """Of a step at w and w + ρv.
+    """What a step saw at w and w + ρv.
 
     Attributes:
       loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.
@@ -32,7 +32,7 @@ class OneSidedDiagnostics(NamedTuple):
 
 
 class TwoSidedDiagnostics(NamedTuple):
-    """Of a step at w, w + ρv and w − ρv.
+    """What a step saw at w, w + ρv and w − ρv.
 
     Attributes:
       loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.
@@ -63,7 +63,7 @@ class TwoSidedDiagnostics(NamedTuple):
 
 
 class RandomProbesDiagnostics(NamedTuple):
-    """Of a step at w, w + ρv and k random pairs w ± r uᵢ.
+    """What a step saw at w, w + ρv and k random pairs w ± r uᵢ.
 
     Attributes:
       loss: L(w). Equals the caller's own loss if the gradient passed in belongs to the same loss.

@@ -1,4 +1,4 @@
-"""What is there: losses and gradients at the points of a step, in the order that :class:`crsam_jax.Execution` says."""
+"""Losses and gradients at the points of a step, evaluated in the order that :class:`crsam_jax.Execution` says."""
 
 import operator
 from collections.abc import Sequence

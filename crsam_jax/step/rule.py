@@ -57,7 +57,7 @@ class Step(NamedTuple):
 
     @property
     def minus(self) -> Point:
-        """The first further point: w − ρv of a two-sided rule."""
+        """The first further point, which is w − ρv in a two-sided rule."""
         return Point(self.losses[0], self.vectors[0])
 
     @property

@@ -37,7 +37,7 @@ def shared_out(value_and_grad: ValueAndGrad, points: Sequence[Params], axis: str
 
 
 def _evaluations(value_and_grad: ValueAndGrad, points: Sequence[Params], axis: str) -> list[Evaluation]:
-    """What each device evaluates, gathered."""
+    """The evaluations of all devices, gathered."""
     places = jax.lax.axis_size(axis)
     evaluations: list[Evaluation] = []
     for start in range(0, len(points), places):

@@ -28,7 +28,7 @@ class Cost(NamedTuple):
     devices: int
     model: str
     batch_size: int
-    """Of all devices together."""
+    """Images in a step, on all devices together."""
     dtype: str
     leaves: int
     """Arrays of parameters."""
@@ -42,7 +42,7 @@ class Cost(NamedTuple):
     over_floor: float
     """The cost over that of as many steps of SGD as points."""
     temporary_bytes: int
-    """Of each device."""
+    """Temporary memory of each device."""
     collectives: str
     compile_seconds: float
     """With tracing and lowering."""

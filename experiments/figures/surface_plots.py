@@ -110,6 +110,6 @@ def interactive(points: Sequence[SurfacePoint], labels: Mapping[str, str], out: 
 
 
 def _range(grids: Mapping[str, Grid]) -> tuple[float, float]:
-    """Of all surfaces together; at 1e-3 a loss counts as zero."""
+    """The range of the losses of all surfaces together; at 1e-3 a loss counts as zero."""
     losses = np.stack([losses for _, _, losses in grids.values()])
     return max(float(losses.min()), 1e-3), float(losses.max())

@@ -57,7 +57,7 @@ class Target(NamedTuple):
 
     @property
     def everywhere(self) -> NamedSharding:
-        """Of arrays that are on every device."""
+        """The sharding of arrays that are on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
     def placed(self, tree: Any, *axes: str) -> Any:

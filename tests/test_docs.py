@@ -1,0 +1,36 @@
+"""The documentation has all there is to find, and its links from the README lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+import crsam_jax
+from crsam_jax import landscape
+
+ROOT = Path(__file__).parents[1]
+REFERENCE = "\n".join(path.read_text() for path in (ROOT / "docs" / "reference").glob("*.md"))
+
+
+@pytest.mark.parametrize("module", [crsam_jax, landscape], ids=lambda module: module.__name__)
+def test_the_reference_has_every_public_name(module):
+    missing = [name for name in module.__all__ if f":: {module.__name__}.{name}" not in REFERENCE]
+    assert not missing, f"docs/reference lacks {missing}"
+
+
+def test_the_reference_has_every_measure():
+    curvature = pytest.importorskip("crsam_jax.curvature", reason="needs pip install crsam_jax[curvature]")
+    missing = [name for name in curvature.__all__ if f":: crsam_jax.curvature.{name}" not in REFERENCE]
+    assert not missing, f"docs/reference lacks {missing}"
+
+
+def test_the_links_of_the_readme_lead_to_files():
+    targets = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", (ROOT / "README.md").read_text())
+    assert len(targets) > 20
+    assert not [target for target in targets if not (ROOT / target).exists()]
+
+
+def test_the_readme_is_short():
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 130
+    assert max(map(len, lines)) <= 120
