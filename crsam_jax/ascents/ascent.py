@@ -119,18 +119,20 @@ def masked_ascent(ascent: Ascent, mask: Mask) -> Ascent:
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         which = broadcast_mask("mask", mask, params)
 
-        def chosen(tree: Any) -> Any:
-            return jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.zeros_like(leaf), tree, which)
-
         def chosen_gradient_fn(point: Any) -> Any:
             assert gradient_fn is not None
             inside = jax.tree.map(lambda moved, w, is_in: moved if is_in else w, point, params, which)
-            return chosen(gradient_fn(inside))
+            return masked(gradient_fn(inside), which)
 
-        direction, new_state = ascent.apply(chosen(grads), state, params, chosen_gradient_fn)
-        return chosen(direction), new_state
+        direction, new_state = ascent.apply(masked(grads, which), state, params, chosen_gradient_fn)
+        return masked(direction, which), new_state
 
     return Ascent(ascent.init, apply)
+
+
+def masked(tree: Params, which: Any) -> Params:
+    """The tree with zeros where the tree of bools ``which`` is false; see :func:`broadcast_mask`."""
+    return jax.tree.map(lambda leaf, is_in: leaf if is_in else jnp.zeros_like(leaf), tree, which)
 
 
 def checked_ascent(ascent: Ascent | None) -> Ascent:

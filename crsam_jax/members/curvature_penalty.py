@@ -9,15 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from crsam_jax.step.checks import check_choice, check_hyperparameter
-from crsam_jax.step.rule import Outcome, Rule, Step
+from crsam_jax.step.rule import NOISE_ULPS, Outcome, Rule, Step
 from crsam_jax.step.sides import Differences, loss_differences, two_sided_rule
 from crsam_jax.step.types import ScalarOrSchedule
 from crsam_jax.step.vectors import Vector
 
 Form: TypeAlias = Literal["log", "linear"]
 Measure: TypeAlias = Literal["losses", "gradients"]
-
-_NOISE_ULPS = 4
 
 
 def curvature_penalty(
@@ -64,7 +62,7 @@ def gradient_differences(step: Step) -> Differences:
     plus, minus = step.plus.grad, step.minus.grad
     second = step.rho / 2 * step.products.along(plus - minus)
     first = step.rho * step.products.along(plus + minus)
-    noise = jnp.finfo(first.dtype).eps * _NOISE_ULPS * abs(first)
+    noise = jnp.finfo(first.dtype).eps * NOISE_ULPS * abs(first)
     return Differences(second, first, noise, noise)
 
 

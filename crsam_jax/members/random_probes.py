@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from crsam_jax.ascents.ascent import broadcast_mask
+from crsam_jax.ascents.ascent import broadcast_mask, masked
 from crsam_jax.ascents.noisy import normal_like, step_key
 from crsam_jax.members.curvature_penalty import checked_numbers, log_weight, with_penalty
 from crsam_jax.step import trees
@@ -133,8 +133,7 @@ def random_curvature_penalty(
 def _directions(params: Params, is_in: Any, k: int, key: jax.Array) -> list[Params]:
     """Unit vectors inside the mask. An ascent with the same seed draws from the key; each pair from one of its own."""
     noises = [normal_like(jax.random.fold_in(key, i), params) for i in range(k)]
-    inside = lambda leaf, is_in: leaf if is_in else jnp.zeros_like(leaf)
-    return [trees.unit(jax.tree.map(inside, noise, is_in)) for noise in noises]
+    return [trees.unit(masked(noise, is_in)) for noise in noises]
 
 
 def _perturbed_size(params: Params, is_in: Any) -> int:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax.ascents.ascent import broadcast_mask
+from crsam_jax.ascents.ascent import broadcast_mask, masked
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_params, value_at
 from crsam_jax.step.diagnostics import accumulated, initial
@@ -174,8 +174,7 @@ def _inside(mask: Mask | None, grads: Params, params: Params) -> Params:
     """The gradient, zero outside the mask."""
     if mask is None:
         return grads
-    which = broadcast_mask("mask", mask, params)
-    return jax.tree.map(lambda g, is_in: g if is_in else jnp.zeros_like(g), grads, which)
+    return masked(grads, broadcast_mask("mask", mask, params))
 
 
 def _remembered(memory: Params, grads: Params, decay: Scalar | None) -> Params:

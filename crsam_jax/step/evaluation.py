@@ -68,20 +68,18 @@ def _sequential(value_and_grad: ValueAndGrad, points: Sequence[Params]) -> list[
 def _ordered(value_and_grad: ValueAndGrad, points: Sequence[Params]) -> list[Evaluation]:
     evaluations = [Evaluation(*value_and_grad(points[0]))]
     for point in points[1:]:
-        first, then = evaluations[-1], point
-        then, first = jax.lax.platform_dependent(first, then, cpu=_after, default=_after_barrier)
-        evaluations[-1] = first
-        evaluations.append(Evaluation(*value_and_grad(then)))
+        evaluations[-1], point = jax.lax.platform_dependent(evaluations[-1], point, cpu=_after, default=_after_barrier)
+        evaluations.append(Evaluation(*value_and_grad(point)))
     return evaluations
 
 
-def _after_barrier(first: Any, then: Params) -> tuple[Params, Any]:
+def _after_barrier(first: Any, then: Params) -> tuple[Any, Params]:
     """Both unchanged, ``then`` not available before ``first`` is: so far as the compiler respects barriers."""
-    first, then = jax.lax.optimization_barrier((first, then))
-    return then, first
+    barred: tuple[Any, Params] = jax.lax.optimization_barrier((first, then))
+    return barred
 
 
-def _after(first: Any, then: Params) -> tuple[Params, Any]:
+def _after(first: Any, then: Params) -> tuple[Any, Params]:
     """The same on CPU, where XLA looks through barriers, so that the dependence has to be one of data.
 
     One element of each leaf of ``first`` has to be there. No maximum of absolute values is −1, which the compiler does
@@ -89,4 +87,4 @@ def _after(first: Any, then: Params) -> tuple[Params, Any]:
     """
     elements = [jnp.ravel(leaf)[:1].astype(jnp.float32) for leaf in jax.tree.leaves(first)]
     never = jnp.max(jnp.abs(jnp.concatenate(elements)), initial=0) == -1
-    return jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then), first
+    return first, jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)

@@ -15,7 +15,7 @@ from crsam_jax.step.types import Evaluation, Params, ScalarOrSchedule
 from crsam_jax.step.vectors import Vector
 
 # What is subtracted carries an error of this many units in the last place each, at least.
-_NOISE_ULPS = 4
+NOISE_ULPS = 4
 
 
 class Point(NamedTuple):
@@ -78,7 +78,7 @@ class Step(NamedTuple):
 
     def loss_noise(self, *losses: jax.Array) -> jax.Array:
         """The rounding error of a sum of the losses."""
-        return _NOISE_ULPS * self.loss_epsilon * sum((abs(loss) for loss in losses), jnp.zeros(()))
+        return NOISE_ULPS * self.loss_epsilon * sum((abs(loss) for loss in losses), jnp.zeros(()))
 
 
 class Outcome(NamedTuple):
