@@ -32,6 +32,7 @@ from crsam_jax.step.convolutions import canonical_convolutions
 from crsam_jax.step.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
 from crsam_jax.step.execution import Execution
 from crsam_jax.step.rule import Outcome, Rule, Step
+from crsam_jax.step.setup import check_setup
 from crsam_jax.step.sides import at_multiples, one_sided, two_sided
 from crsam_jax.step.transformation import SharpnessAwareState, sharpness_aware
 from crsam_jax.step.types import Evaluation
@@ -68,6 +69,7 @@ __all__ = [
     "asam",
     "at_multiples",
     "canonical_convolutions",
+    "check_setup",
     "crsam",
     "crsam_gradient",
     "decoupled_wsam",

@@ -39,6 +39,7 @@ def test_diagnostics_of_two_sided_methods(cubic, rho):
         "penalty_ratio": np.linalg.norm(penalty) / np.linalg.norm(g_plus),
         "guarded_steps": 0,
         "bounded_steps": 0,
+        "mismatched_steps": 0,
     }
     assert set(expected) == set(found._fields)
     for name, value in found._asdict().items():
@@ -58,6 +59,7 @@ def test_diagnostics_of_one_sided_methods(method, cubic):
         "cosine": g @ flat(gradient) / np.linalg.norm(g) / np.linalg.norm(flat(gradient)),
         "curvature": v @ (g_plus - g) / rho,
         "guarded_steps": 0,
+        "mismatched_steps": 0,
     }
     assert set(expected) == set(found._fields)
     for name, value in found._asdict().items():

@@ -207,7 +207,7 @@ def test_each_step_is_counted_at_most_once_and_only_if_guarded(evaluation):
 @pytest.mark.parametrize("name", ONE_SIDED)
 def test_one_sided_methods_report_no_field_they_cannot_fill(name):
     fields = set(run(MEMBERS[name](square), W)[1]._fields)
-    assert fields == {"loss", "loss_plus", "grad_norm", "cosine", "curvature", "guarded_steps"}
+    assert fields == {"loss", "loss_plus", "grad_norm", "cosine", "curvature", "guarded_steps", "mismatched_steps"}
 
 
 def test_a_step_that_fell_back_on_g_is_not_counted_as_bounded():

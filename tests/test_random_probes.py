@@ -98,6 +98,7 @@ def test_gradient_and_diagnostics_agree_with_numpy(k, offset):
         "penalty_ratio": np.linalg.norm(penalty) / np.linalg.norm(g_plus),
         "guarded_steps": 0,
         "bounded_steps": 0,
+        "mismatched_steps": 0,
     }
     assert set(expected) | {"loss_plus"} == set(found._fields)
     for name, value in expected.items():

@@ -15,6 +15,7 @@ from crsam_jax.step import trees
 from crsam_jax.step.checks import check_number, check_seed
 from crsam_jax.step.diagnostics import RandomProbesDiagnostics
 from crsam_jax.step.evaluation import perturb
+from crsam_jax.step.mismatch import is_one_sided_mismatch
 from crsam_jax.step.rule import Basis, Outcome, Rule, Seen, Step
 from crsam_jax.step.sides import measured, penalty_ratio, second_difference
 from crsam_jax.step.types import Evaluation, Mask, Params, Scalar, ScalarOrSchedule
@@ -124,6 +125,7 @@ def random_curvature_penalty(
             penalty_ratio=penalty_ratio(step, outcome),
             guarded_steps=seen.is_guarded,
             bounded_steps=seen.is_bounded,
+            mismatched_steps=is_one_sided_mismatch(step),
         )
 
     numbers = checked_numbers(alpha, beta, offset, max_penalty_ratio)

@@ -21,6 +21,8 @@ class OneSidedDiagnostics(NamedTuple):
       cosine: cosine of the angle between g and the gradient returned.
       curvature: ⟨v, g⁺ − g⟩/(ρ‖v‖²) ≈ vᵀHv/‖v‖².
       guarded_steps: how many steps so far fell back on g.
+      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probe: most steps
+        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array
@@ -29,6 +31,7 @@ class OneSidedDiagnostics(NamedTuple):
     cosine: jax.Array
     curvature: jax.Array
     guarded_steps: jax.Array
+    mismatched_steps: jax.Array
 
 
 class TwoSidedDiagnostics(NamedTuple):
@@ -47,6 +50,8 @@ class TwoSidedDiagnostics(NamedTuple):
       penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
       guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
       bounded_steps: in how many steps so far the penalty was scaled down to its bound.
+      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probes: most steps
+        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array
@@ -60,6 +65,7 @@ class TwoSidedDiagnostics(NamedTuple):
     penalty_ratio: jax.Array
     guarded_steps: jax.Array
     bounded_steps: jax.Array
+    mismatched_steps: jax.Array
 
 
 class RandomProbesDiagnostics(NamedTuple):
@@ -76,6 +82,8 @@ class RandomProbesDiagnostics(NamedTuple):
       penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
       guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
       bounded_steps: in how many steps so far the penalty was scaled down to its bound.
+      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probe: most steps
+        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array
@@ -88,6 +96,7 @@ class RandomProbesDiagnostics(NamedTuple):
     penalty_ratio: jax.Array
     guarded_steps: jax.Array
     bounded_steps: jax.Array
+    mismatched_steps: jax.Array
 
 
 Diagnostics = OneSidedDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics

@@ -40,7 +40,7 @@ class Step(NamedTuple):
       vectors: the gradients there, or what the rule's ``basis`` made of them.
       rho: ρ; 1 where nothing is perturbed, so that it divides safely.
       products: inner products and norms of vectors.
-      loss_epsilon: relative rounding error of a loss, in the dtype that ``loss_fn`` returned.
+      loss_epsilon: relative rounding error of a loss, in the narrowest dtype that one came in.
       is_perturbed: whether there is a perturbation.
       params: w, for a rule that asks for shapes.
     """

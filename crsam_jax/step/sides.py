@@ -10,6 +10,7 @@ from crsam_jax.step import trees
 from crsam_jax.step.checks import check_number
 from crsam_jax.step.diagnostics import OneSidedDiagnostics, TwoSidedDiagnostics
 from crsam_jax.step.evaluation import perturb
+from crsam_jax.step.mismatch import is_one_sided_mismatch, is_two_sided_mismatch
 from crsam_jax.step.rule import Basis, Outcome, Rule, Seen, Step
 from crsam_jax.step.types import Evaluation, Params, ScalarOrSchedule
 from crsam_jax.step.vectors import Vector
@@ -121,6 +122,7 @@ def two_sided_rule(
             penalty_ratio=penalty_ratio(step, outcome),
             guarded_steps=seen.is_guarded,
             bounded_steps=seen.is_bounded,
+            mismatched_steps=is_two_sided_mismatch(step),
         )
 
     return Rule(combine, report, TwoSidedDiagnostics, numbers, _mirrored_point, _mirrored_basis)
@@ -160,6 +162,7 @@ def _one_sided_report(step: Step, outcome: Outcome, seen: Seen) -> OneSidedDiagn
         cosine=seen.cosine,
         curvature=step.curvature,
         guarded_steps=seen.is_guarded,
+        mismatched_steps=is_one_sided_mismatch(step),
     )
 
 

@@ -132,7 +132,7 @@ class Method:
             vectors=basis.vectors,
             rho=jnp.where(is_perturbed, rho, 1),
             products=products,
-            loss_epsilon=float(jnp.finfo(plus.loss.dtype).eps),
+            loss_epsilon=max(float(jnp.finfo(loss.dtype).eps) for loss in (loss_here, plus.loss)),
             is_perturbed=is_perturbed,
             params=params,
         )

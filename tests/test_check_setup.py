@@ -1,0 +1,108 @@
+"""``check_setup`` names each mistake, and passes what is right."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import crsam_jax
+from crsam_jax import check_setup, crsam, late, periodic, sam
+from tests.problems import mlp
+
+LOSS_FN, PARAMS, BATCH = mlp(examples=16)
+OTHER = mlp(1, examples=16)[2]
+LOSS, GRADS = jax.value_and_grad(LOSS_FN)(PARAMS, BATCH)
+SGD = optax.sgd(0.1)
+
+
+def check(tx, loss_fn=LOSS_FN, **kwargs):
+    check_setup(tx, loss_fn, PARAMS, batch=BATCH, **kwargs)
+
+
+RIGHT = {
+    "a member": crsam(LOSS_FN),
+    "a chain": optax.chain(crsam(LOSS_FN), optax.clip_by_global_norm(1.0), optax.adamw(1e-3)),
+    "a policy": optax.chain(periodic(sam(LOSS_FN), 3), SGD),
+    "a policy that begins later": late(sam(LOSS_FN), 0.5, 10),
+    "decoupled": crsam_jax.decoupled_wsam(LOSS_FN, SGD, 0.1),
+    "random probes": optax.chain(crsam(LOSS_FN, probes=crsam_jax.random_probes(radius=0.1)), SGD),
+    "accumulation": optax.chain(sam(LOSS_FN), optax.MultiSteps(SGD, 4).gradient_transformation()),
+    "injected": optax.inject_hyperparams(sam, static_args="loss_fn")(LOSS_FN, rho=0.05),
+}
+
+
+@pytest.mark.parametrize("name", RIGHT)
+def test_what_is_right_passes(name):
+    check(RIGHT[name], grads=GRADS, loss=LOSS)
+
+
+WRONG = {
+    "scale": ({"grads": jax.tree.map(lambda g: 16 * g, GRADS)}, "grads are 16 times the gradient of loss_fn: summed"),
+    "sign": ({"grads": jax.tree.map(lambda g: -0.1 * g, GRADS)}, "point against the gradient of loss_fn, 0.1 times"),
+    "batch": ({"grads": jax.grad(LOSS_FN)(PARAMS, OTHER)}, "cosine between them is .* another batch"),
+    "zero": ({"grads": jax.tree.map(jnp.zeros_like, GRADS)}, "cosine between them is 0, the ratio of their norms 0"),
+    "loss": ({"loss": 2 * LOSS}, "loss= is .*, but loss_fn returns"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_the_callers_own_numbers(name):
+    arguments, message = WRONG[name]
+    with pytest.raises(ValueError, match=message):
+        check(sam(LOSS_FN), **arguments)
+
+
+TWICE = sam(lambda params, batch: 2 * LOSS_FN(params, batch))
+BROKEN_ELSEWHERE = sam(lambda params, batch: LOSS_FN(params, batch) / (params["first"]["b"][0] == 0))
+CHAINS = {
+    "behind sgd": (optax.chain(SGD, crsam(LOSS_FN)), "Put the method first"),
+    "behind clipping": (optax.chain(optax.clip_by_global_norm(0.1), sam(LOSS_FN), SGD), "and 0.1 where it reaches"),
+    "behind decay": (optax.chain(optax.add_decayed_weights(0.1), sam(LOSS_FN), SGD), "Put the method first"),
+    "turned": (optax.chain(optax.scale(-1.0), sam(LOSS_FN), SGD), "does not fit the losses that it sees"),
+    "inside": (optax.MultiSteps(optax.chain(sam(LOSS_FN), SGD), 4).gradient_transformation(), "MultiSteps stands"),
+    "no optimizer": (optax.chain(sam(LOSS_FN), optax.clip_by_global_norm(1.0)), "The updates point uphill"),
+    "no method": (SGD, "holds no sharpness-aware method"),
+    "another loss": (
+        optax.chain(TWICE, SGD),
+        "built with another loss",
+    ),
+    "skipped": (optax.conditionally_transform(sam(LOSS_FN), lambda step: step > 0), "was not called in a step"),
+    "too far": (
+        optax.chain(BROKEN_ELSEWHERE, SGD),
+        "step fell back",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_the_chain(name):
+    tx, message = CHAINS[name]
+    with pytest.raises(ValueError, match=message):
+        check(tx)
+
+
+def test_all_that_is_wrong_is_listed():
+    with pytest.raises(ValueError, match="This set-up is wrong") as caught:
+        check(CHAINS["behind clipping"][0], grads=jax.grad(LOSS_FN)(PARAMS, OTHER), loss=3 * LOSS)
+    assert str(caught.value).count("\n- ") == 3
+
+
+def test_a_loss_that_is_not_the_same_twice():
+    rng = np.random.default_rng(0)
+    loss_fn = lambda params, batch: LOSS_FN(params, batch) * rng.uniform(0.5, 1.5)
+    with pytest.raises(ValueError, match="for the same arguments"):
+        check(sam(loss_fn), loss_fn)
+
+
+def test_a_derivative_of_its_own_making():
+    loss_fn = lambda params, batch: LOSS_FN(jax.tree.map(lambda w: 2 * jax.lax.stop_gradient(w) - w, params), batch)
+    with pytest.raises(ValueError, match="custom_vjp, stop_gradient"):
+        check(optax.chain(crsam(loss_fn), SGD), loss_fn)
+
+
+def test_it_speaks_as_update_does():
+    with pytest.raises(TypeError, match=r"check_setup\(tx, loss_fn, params, batch=...\)"):
+        check_setup(sam(LOSS_FN), LOSS_FN, PARAMS)
+    with pytest.raises(ValueError, match="tree structure of params"):
+        check(sam(LOSS_FN), grads={"first": 0.0})
