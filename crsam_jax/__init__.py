@@ -29,7 +29,12 @@ from crsam_jax.policies.look import LookState, look
 from crsam_jax.policies.periodic import PeriodicState, periodic
 from crsam_jax.policies.policy import is_full_step
 from crsam_jax.step.convolutions import canonical_convolutions
-from crsam_jax.step.diagnostics import OneSidedDiagnostics, RandomProbesDiagnostics, TwoSidedDiagnostics
+from crsam_jax.step.diagnostics import (
+    AscentOnlyDiagnostics,
+    OneSidedDiagnostics,
+    RandomProbesDiagnostics,
+    TwoSidedDiagnostics,
+)
 from crsam_jax.step.execution import Execution
 from crsam_jax.step.rule import Outcome, Rule, Step
 from crsam_jax.step.setup import check_setup
@@ -46,6 +51,7 @@ except importlib.metadata.PackageNotFoundError:  # a source tree that is not ins
 __all__ = [
     "AdaptivePolicyState",
     "Ascent",
+    "AscentOnlyDiagnostics",
     "DecoupledWsamState",
     "Evaluation",
     "Execution",

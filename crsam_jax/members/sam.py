@@ -5,9 +5,9 @@ import optax
 from crsam_jax.ascents.adaptive import adaptive_ascent
 from crsam_jax.ascents.ascent import Ascent
 from crsam_jax.ascents.noisy import smoothed_ascent
+from crsam_jax.step import sides
 from crsam_jax.step.execution import Execution
 from crsam_jax.step.rule import Step
-from crsam_jax.step.sides import one_sided
 from crsam_jax.step.transformation import sharpness_aware
 from crsam_jax.step.types import LossFn, Mask, ScalarOrSchedule
 from crsam_jax.step.vectors import Vector
@@ -23,6 +23,7 @@ def sam(
     rho: ScalarOrSchedule = 0.05,
     *,
     ascent: Ascent | None = None,
+    ascent_only: bool = False,
     has_aux: bool = False,
     mask: Mask | None = None,
     execution: Execution | None = None,
@@ -33,6 +34,9 @@ def sam(
       loss_fn: ``loss_fn(params, **kwargs) -> loss``, see :func:`crsam_jax.crsam`.
       rho: ρ ≥ 0, distance of the ascent step, a number or schedule.
       ascent: the rule for the direction; ``None`` is the gradient's.
+      ascent_only: whether the gradient passed in gives the direction and nothing else. It may then be that of a part of
+        the batch, at 1 + b′/b evaluations a step; L(w) is not needed, and the state holds
+        :class:`crsam_jax.AscentOnlyDiagnostics`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       mask: which part of the params to perturb.
       execution: axes to average over, see :class:`crsam_jax.Execution`.
@@ -57,7 +61,9 @@ def sam(
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving Generalization", ICLR 2021,
       arXiv 2010.01412, eq. 2 and 3.
     """
-    rule = one_sided(sharpness)
+    if not isinstance(ascent_only, bool):
+        raise TypeError(f"ascent_only must be True or False, got {ascent_only!r}.")
+    rule = sides.ascent_only(sharpness) if ascent_only else sides.one_sided(sharpness)
     return sharpness_aware(loss_fn, rule, rho, ascent=ascent, has_aux=has_aux, mask=mask, execution=execution)
 
 
@@ -67,6 +73,7 @@ def asam(
     eta: float = 0.01,
     *,
     adaptive: Mask | None = None,
+    ascent_only: bool = False,
     has_aux: bool = False,
     mask: Mask | None = None,
     execution: Execution | None = None,
@@ -78,6 +85,7 @@ def asam(
       rho: ρ ≥ 0, in units of the weights' own size, a number or schedule.
       eta: η ≥ 0, a number.
       adaptive: which leaves are scaled, see :func:`crsam_jax.adaptive_ascent`.
+      ascent_only: see :func:`sam`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       mask: which part of the params to perturb.
       execution: axes to average over, see :class:`crsam_jax.Execution`.
@@ -103,7 +111,7 @@ def asam(
       Networks", ICML 2021, arXiv 2102.11600, algorithm 1; ρ = 0.5 and η = 0.01 are its values for CIFAR-10.
     """
     ascent = adaptive_ascent(eta, adaptive)
-    return sam(loss_fn, rho, ascent=ascent, has_aux=has_aux, mask=mask, execution=execution)
+    return sam(loss_fn, rho, ascent=ascent, ascent_only=ascent_only, has_aux=has_aux, mask=mask, execution=execution)
 
 
 def rsam(
@@ -113,6 +121,7 @@ def rsam(
     weight: float = 1.0,
     seed: int = 0,
     *,
+    ascent_only: bool = False,
     has_aux: bool = False,
     mask: Mask | None = None,
     execution: Execution | None = None,
@@ -128,6 +137,7 @@ def rsam(
         what of the paper could be verified. σ = 0 is SAM.
       weight: λ > 0, weight of the gradient against the noise.
       seed: an integer; the noise depends on it and on the step alone.
+      ascent_only: see :func:`sam`.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       mask: which part of the params to perturb.
       execution: axes to average over, see :class:`crsam_jax.Execution`.
@@ -152,4 +162,4 @@ def rsam(
       Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022; the baseline of table 2 of the CR-SAM paper.
     """
     ascent = smoothed_ascent(sigma, weight, seed)
-    return sam(loss_fn, rho, ascent=ascent, has_aux=has_aux, mask=mask, execution=execution)
+    return sam(loss_fn, rho, ascent=ascent, ascent_only=ascent_only, has_aux=has_aux, mask=mask, execution=execution)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax.policies.policy import counters, policy
+from crsam_jax.policies.policy import check_reads_gradient, counters, policy
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_number, value_at
 from crsam_jax.step.types import Params, ScalarOrSchedule
@@ -85,6 +85,7 @@ def adaptive_policy(
     check_number("decay", decay, below=1)
 
     def start(params: Params, inner_state: Any) -> AdaptivePolicyState:
+        check_reads_gradient("adaptive_policy", inner_state)
         dtype = trees.wide_dtype(params)
         steps, full_steps = counters()
         return AdaptivePolicyState(

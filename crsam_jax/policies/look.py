@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 
 from crsam_jax.policies.periodic import check_period
-from crsam_jax.policies.policy import counters, policy
+from crsam_jax.policies.policy import check_reads_gradient, counters, policy
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_number
 from crsam_jax.step.types import Params
@@ -78,6 +78,7 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     check_number("strength", strength)
 
     def start(params: Params, inner_state: Any) -> LookState:
+        check_reads_gradient("look", inner_state)
         zeros = jax.tree.map(lambda p: jnp.zeros_like(p, trees.wide_dtype(p)), params)
         return LookState(*counters(), jnp.asarray(k, jnp.int32), zeros, inner_state)
 

@@ -10,6 +10,10 @@ convolutions are fast (:func:`crsam_jax.canonical_convolutions`). Who wants two 
 ``full_step=True`` or ``False``, a Python bool that is static under jit, to ``update``; :func:`is_full_step` computes it
 from the optimizer's state and the gradient. A schedule of ρ inside a policy counts full steps only.
 
+Around a member with ``ascent_only=True`` the gradient that passes through must be that of the whole batch: choose
+``full_step=`` on the host and take a part's gradient for full steps alone. :func:`look` and :func:`adaptive_policy`,
+which read it, refuse such a member.
+
 Around a member with ``sync_perturbation=False`` the gradient that passes through is that of one part of the batch:
 average the policy's result over the axis, which leaves full steps as they are. ``adaptive_policy`` does not go with
 it, since all parts must come to one decision.
@@ -23,6 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from crsam_jax.step.convolutions import canonical_convolutions
+from crsam_jax.step.diagnostics import AscentOnlyDiagnostics
 from crsam_jax.step.types import Params
 
 
@@ -79,6 +84,23 @@ def policy(
 def counters() -> tuple[jax.Array, jax.Array]:
     """``steps`` and ``full_steps`` before the first step."""
     return jnp.zeros((), jnp.int32), jnp.zeros((), jnp.int32)
+
+
+def check_reads_gradient(name: str, inner_state: Any) -> None:
+    """Checks that a policy that reads g is not put around a method whose g may be that of a part of the batch.
+
+    Raises:
+      ValueError: if it is.
+    """
+
+    def is_ascent_only(node: Any) -> bool:
+        return isinstance(node, AscentOnlyDiagnostics)
+
+    if any(map(is_ascent_only, jax.tree.leaves(inner_state, is_leaf=is_ascent_only))):
+        raise ValueError(
+            f"{name} reads the gradient of every step, which with ascent_only=True may be that of a part of the batch. "
+            "Leave ascent_only out, or take periodic or late with full_step= chosen by the loop."
+        )
 
 
 def is_full_step(opt_state: Any, grads: Any) -> jax.Array:

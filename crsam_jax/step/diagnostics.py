@@ -34,6 +34,23 @@ class OneSidedDiagnostics(NamedTuple):
     mismatched_steps: jax.Array
 
 
+class AscentOnlyDiagnostics(NamedTuple):
+    """What a step saw whose gradient serves for v alone, and may be that of a part of the batch.
+
+    Attributes:
+      loss_plus: L⁺ = L(w + ρv).
+      grad_norm: ‖g‖ over the whole tree, of the gradient passed in.
+      slope: ⟨v, g⁺⟩/‖v‖, of the loss at the probe. Along the gradient, slope/grad_norm says how much of the part's
+        direction the whole batch shares.
+      guarded_steps: how many steps so far fell back on g.
+    """
+
+    loss_plus: jax.Array
+    grad_norm: jax.Array
+    slope: jax.Array
+    guarded_steps: jax.Array
+
+
 class TwoSidedDiagnostics(NamedTuple):
     """What a step saw at w, w + ρv and w − ρv.
 
@@ -99,7 +116,7 @@ class RandomProbesDiagnostics(NamedTuple):
     mismatched_steps: jax.Array
 
 
-Diagnostics = OneSidedDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics
+Diagnostics = OneSidedDiagnostics | AscentOnlyDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics
 
 
 def initial(kind: type[Any], dtype: np.dtype) -> Any:

@@ -40,7 +40,7 @@ SHARE = 0.25
 """What a number may miss its prediction by, relative to the larger of the two."""
 
 ALIKE = 0.5
-"""The least size of the cosine between g⁺ and g⁻ with which the points are taken for neighbours."""
+"""The least cosine between g⁺ and g⁻ with which the points are taken for neighbours."""
 
 
 def is_one_sided_mismatch(step: Step) -> jax.Array:
@@ -61,7 +61,7 @@ def is_two_sided_mismatch(step: Step) -> jax.Array:
     predicted = (plus + minus) / 2 - (a_plus - a_minus) / 4
     largest = jnp.maximum(jnp.abs(a_plus), jnp.abs(a_minus))
     is_loss = jnp.abs(here - predicted) > SHARE * largest + noise
-    is_near = jnp.abs(step.products.cosine(step.plus.grad, step.minus.grad)) > ALIKE
+    is_near = step.products.cosine(step.plus.grad, step.minus.grad) > ALIKE
     return _is_judged(step) & is_near & (is_gradient | is_loss)
 
 

@@ -147,6 +147,8 @@ class Rule(NamedTuple):
       numbers: the formula's numbers or schedules by name, handed to ``combine`` as float scalars.
       points: ``(params, direction, rho, count) -> points`` beside w + ρv.
       basis: ``(here, plus, further) -> Basis``, from the evaluations there.
+      reads_gradient: whether the formula or the report reads g, or L at w. ``False``: g gives v and nothing else, so
+        that it may be that of a part of the batch; L(w) is not evaluated, and is NaN in the step.
 
     Example:
       A two-sided member, the mean of g⁺ and g⁻:
@@ -168,3 +170,4 @@ class Rule(NamedTuple):
     numbers: Mapping[str, ScalarOrSchedule]
     points: Callable[[Params, Params, jax.Array, jax.Array], Sequence[Params]] = no_points
     basis: Callable[[Evaluation, Evaluation, Sequence[Evaluation]], Basis] = differences
+    reads_gradient: bool = True

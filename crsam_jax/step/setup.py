@@ -9,6 +9,7 @@ import optax
 
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_gradient
+from crsam_jax.step.diagnostics import AscentOnlyDiagnostics
 from crsam_jax.step.loss import LossBinder, checked_loss
 from crsam_jax.step.transformation import SharpnessAwareState
 from crsam_jax.step.types import Loss, LossFn, Params
@@ -41,7 +42,8 @@ def check_setup(
       tx: what a member of the family returned, a policy around it, or a whole chain.
       loss_fn: the loss that ``tx`` was built with.
       params: the parameters, as ``init`` got them.
-      grads: the gradient as your own step computes it, averaged over devices if it is there; ``None``: not checked.
+      grads: the gradient as your own step computes it, averaged over devices if it is there; ``None``: not checked,
+        as with ``ascent_only=True``, where it is that of a part of the batch.
       loss: L(w) as your own step computes it; ``None``: not checked.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       **kwargs: what ``update`` gets by name: batch, rng, model state.
@@ -143,7 +145,8 @@ def _of_member(member: SharpnessAwareState, value: jax.Array, grad_norm: jax.Arr
     if member.count == 0:
         yield "The method was not called in a step: a transformation around it skips steps or holds them back."
         return
-    if not _is_close(seen.loss, value):
+    is_whole = not isinstance(seen, AscentOnlyDiagnostics)
+    if is_whole and not _is_close(seen.loss, value):
         yield f"tx was built with another loss: its own is {seen.loss:g} where loss_fn returns {value:g}."
     if abs(seen.grad_norm - grad_norm) > _SAME * grad_norm:
         yield (
@@ -151,7 +154,7 @@ def _of_member(member: SharpnessAwareState, value: jax.Array, grad_norm: jax.Arr
             "reaches the method: a transformation before it (clipping, weight decay, an optimizer) changes it. "
             "Put the method first."
         )
-    elif seen.mismatched_steps:
+    elif is_whole and seen.mismatched_steps:
         yield (
             "The gradient that reaches the method does not fit the losses that it sees: a transformation before it "
             "turns the gradient, or loss_fn has a derivative of its own making (custom_vjp, stop_gradient), or rho is "

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_number
-from crsam_jax.step.diagnostics import OneSidedDiagnostics, TwoSidedDiagnostics
+from crsam_jax.step.diagnostics import AscentOnlyDiagnostics, OneSidedDiagnostics, TwoSidedDiagnostics
 from crsam_jax.step.evaluation import perturb
 from crsam_jax.step.mismatch import is_one_sided_mismatch, is_two_sided_mismatch
 from crsam_jax.step.rule import Basis, Outcome, Rule, Seen, Step
@@ -42,6 +42,11 @@ def one_sided(combine: Callable[..., Vector | Outcome], **numbers: ScalarOrSched
       >>> tx = crsam_jax.sharpness_aware(lambda w: jnp.sum(w**2), crsam_jax.one_sided(halfway), rho=0.1)
     """
     return Rule(combine, _one_sided_report, OneSidedDiagnostics, numbers)
+
+
+def ascent_only(combine: Callable[..., Vector | Outcome], **numbers: ScalarOrSchedule) -> Rule:
+    """As :func:`one_sided`, of g⁺ alone: g gives v and nothing else."""
+    return Rule(combine, _ascent_only_report, AscentOnlyDiagnostics, numbers, reads_gradient=False)
 
 
 def two_sided(combine: Callable[..., Vector | Outcome], **numbers: ScalarOrSchedule) -> Rule:
@@ -163,6 +168,17 @@ def _one_sided_report(step: Step, outcome: Outcome, seen: Seen) -> OneSidedDiagn
         curvature=step.curvature,
         guarded_steps=seen.is_guarded,
         mismatched_steps=is_one_sided_mismatch(step),
+    )
+
+
+def _ascent_only_report(step: Step, outcome: Outcome, seen: Seen) -> AscentOnlyDiagnostics:
+    del outcome
+    length = jnp.where(step.is_perturbed, step.products.direction_norm, 1)
+    return AscentOnlyDiagnostics(
+        loss_plus=seen.loss_plus,
+        grad_norm=seen.grad_norm,
+        slope=measured(step, step.products.along(step.plus.grad) / length),
+        guarded_steps=seen.is_guarded,
     )
 
 

@@ -117,7 +117,10 @@ class Method:
         is_usable = grad_norm.is_usable & fallbacks.are_valid({"rho": rho, **numbers})
         v = _chosen_direction(grads, grad_norm, direction, is_usable & (rho != 0))
         points = [perturb(params, v, rho), *self.rule.points(params, v, rho, count)]
-        loss_here = loss_at(loss, params, loss_here, self.execution.averaging_axis)
+        if self.rule.reads_gradient:
+            loss_here = loss_at(loss, params, loss_here, self.execution.averaging_axis)
+        else:  # L(w) is not looked at
+            loss_here = jnp.full((), jnp.nan, dtype)
         plus, *further = evaluate(loss, points, self.execution)
         basis = self.rule.basis(Evaluation(loss_here, grads), plus, further)
         gradients = [grads, plus.grads, *(at.grads for at in further)]
