@@ -97,6 +97,11 @@ def trained(step, tx, steps):
     return np.array(outs), jax.device_get(state)
 
 
+def together(leaves):
+    """The mean over the parts; a step counts if it does for any part."""
+    return max(leaves) if jnp.issubdtype(leaves[0].dtype, jnp.integer) else sum(leaves) / PARTS
+
+
 def looped(make, steps=2):
     """Each part alone, without an axis, and the mean over the parts; the ascents' memories see the mean gradient."""
     tx, params, outs = make(loss_fn), jnp.asarray(W), []
@@ -106,8 +111,8 @@ def looped(make, steps=2):
         grads = [grad_fn(params, part) for part in SPLIT]
         results = [update(g, state, params, batch=part) for g, part in zip(grads, SPLIT, strict=True)]
         _, whole = update(sum(grads) / PARTS, state, params, batch=SPLIT[0])  # for its memory alone
-        seen = jax.tree.map(lambda *leaves: sum(leaves) / PARTS, *[s.diagnostics for _, s in results])
-        state = whole._replace(diagnostics=jax.tree.map(lambda x, like: x.astype(like.dtype), seen, whole.diagnostics))
+        seen = jax.tree.map(lambda *leaves: together(leaves), *[s.diagnostics for _, s in results])
+        state = whole._replace(diagnostics=seen)
         outs.append(sum(result for result, _ in results) / PARTS)
         params = params - ETA * outs[-1]
     return np.array(outs), state
