@@ -144,6 +144,27 @@ def contact_sheet(
     print(f"Drawn: {out}")
 
 
+def study(
+    name: tyro.conf.Positional[str],
+    processes: int = 1,
+    out: Path | None = None,
+    trials: int = 16,
+    seeds: int | None = None,
+) -> None:
+    """Tune the main methods of a task of docs/study.md and compare all methods with fresh seeds, or go on with it.
+
+    Args:
+        name: The task.
+        processes: Run so many trainings at once, one core each.
+        out: Folder of the results; results/study/NAME by default.
+        trials: Settings tried for each main method.
+        seeds: Runs of each arm in the comparison; the task's own number by default.
+    """
+    from experiments.study import study
+
+    study(name, processes, out, trials, seeds)
+
+
 def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
@@ -230,6 +251,7 @@ def main() -> int:
             "train": train_command(recipe),
             "compare": compare_command(recipe),
             "tune": tune_command(recipe),
+            "study": study,
             "evaluate": evaluate,
             "export": export,
             "list": list_recipes,

@@ -33,9 +33,10 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     """
     ranges.check(config, run)
     names = tuple(METHODS) if config.methods == ("all",) else tuple(dict.fromkeys(config.methods))
-    against = config.against or names[0]
-    if against not in names:
-        raise ValueError(f"--against {against} is none of the arms: {', '.join(names)}.")
+    against = config.against or names[:1]
+    for reference in against:
+        if reference not in names:
+            raise ValueError(f"--against {reference} is none of the arms: {', '.join(names)}.")
     folder = run.out or Path("results") / name / "compare"
     recipes = {arm: arms.resolve(recipe, arm, changes, seed=0) for arm in names}
     ranges.check(*recipes.values())

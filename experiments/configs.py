@@ -61,8 +61,8 @@ class Compare:
     """Arms: a method, with -Nx for N times the epochs, with ,key=value for settings of its own; all is every method."""
     seeds: int = 5
     """Runs of each arm. The seed sets wrong labels, subset, initial weights and the order of the batches."""
-    against: str | None = None
-    """The arm that the others' differences are taken to, seed by seed; the first by default."""
+    against: tuple[str, ...] = ()
+    """The arms that the others' differences are taken to, seed by seed; the first of all by default."""
     budget: Literal["epochs", "evaluations", "seconds"] = "epochs"
     """What all arms have alike. Of evaluations or seconds, measured in a short pilot, they have what the most expensive
     arm needs; the others train for more epochs."""

@@ -20,6 +20,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Batch, Inputs
 from experiments.logs import EpochRow, Log, diagnostics
+from experiments.mismatch import Watch
 from experiments.optimizers import evaluations_per_step
 from experiments.program import Program, State, averaged
 from experiments.progress import Bar, Clock
@@ -66,7 +67,7 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
     recipe, run, inputs, program, _, log, console = training
     per_epoch, first = training.steps_per_epoch, int(state.step)
     total = recipe.epochs * per_epoch
-    clock, saved = Clock(), time.monotonic()
+    clock, saved, watch = Clock(), time.monotonic(), Watch(state.opt_state)
     with caught_signals() as signals, Bar(console, total, first) as bar:
         for step in range(first + 1, total + 1):
             start = time.perf_counter()
@@ -84,6 +85,8 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
             if is_logged or is_end:
                 _check_finite(state, training)
                 bar.update(step, *_texts(state, recipe, per_epoch, clock))
+            if is_end and (warning := watch.warning(state.opt_state)):
+                bar.print(warning)
             if is_evaluated:
                 row = _epoch_row(training, state, clock)
                 log.epoch(row)
@@ -137,7 +140,8 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
     step, per_epoch = int(state.step), training.steps_per_epoch  # waits for the epoch's last step
     speed, waiting, epoch = clock.steps_per_second, clock.waiting_percent, step // per_epoch
     epochs = epoch - (epoch - 1) // run.evaluate_every * run.evaluate_every  # since the row before
-    test = evaluate(program, state.params, state.model_state, inputs.evaluation())
+    params, model_state = program.weights(state), state.model_state
+    test = evaluate(program, params, model_state, inputs.evaluation())
     row = EpochRow(
         epoch=epoch,
         step=step,
@@ -152,7 +156,6 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
         evaluations_per_step=evaluations_per_step(recipe, state.opt_state),
         calibration_error=test.calibration_error,
     )
-    params, model_state = state.params, state.model_state
     if state.average is not None:
         params, model_state = averaged(state)
         average = evaluate(program, params, model_state, inputs.evaluation())

@@ -1,7 +1,7 @@
 """Every member of the family as an optimizer: the sharpness-aware gradient, then the base.
 
-SAM, ASAM and CR-SAM have settings of their own in a recipe. The one-sided relatives take SAM's radius, the variants
-of CR-SAM take CR-SAM's settings, and what is left is at the defaults of their papers.
+SAM, ASAM, CR-SAM, MSAM and S²-SAM have settings of their own in a recipe. The one-sided relatives take SAM's radius,
+the variants of CR-SAM take CR-SAM's settings, and what is left is at the defaults of their papers.
 """
 
 from collections.abc import Callable
@@ -22,22 +22,24 @@ class Method(NamedTuple):
       label: its name in tables and plots.
       family: whose settings it takes, where it has none of its own.
       evaluations: of the loss's gradient in a full step.
-      build: from the loss, the recipe, the base optimizer and its schedule to the whole optimizer.
+      build: from the loss, the recipe, the base optimizer, its schedule and the number of steps to the whole optimizer.
       tunes: what a search looks for, beside the learning rate.
+      is_shifted: whether the params in training are perturbed ones; see ``crsam_jax.eval_params``.
     """
 
     label: str
     family: Literal["base", "sam", "crsam"]
     evaluations: int
-    build: Callable[[LossFn, Recipe, optax.GradientTransformation, optax.Schedule], optax.GradientTransformation]
+    build: Callable[[LossFn, Recipe, optax.GradientTransformation, optax.Schedule, int], optax.GradientTransformation]
     tunes: tuple[str, ...]
+    is_shifted: bool = False
 
 
 def _first(
     label: str, evaluations: int, stage: Callable[[LossFn, Recipe], optax.GradientTransformation], tunes: str = ""
 ) -> Method:
     """A one-sided method that is one stage before the base optimizer."""
-    build = lambda loss_fn, recipe, base, schedule: optax.chain(stage(loss_fn, recipe), base)
+    build = lambda loss_fn, recipe, base, schedule, steps: optax.chain(stage(loss_fn, recipe), base)
     return Method(label, "sam", evaluations, build, (tunes or "sam.rho",))
 
 
@@ -45,6 +47,17 @@ def _two_sided(label: str, stage: Callable[[LossFn, Recipe], Any], evaluations: 
     """A variant of CR-SAM."""
     method = _first(label, evaluations, stage)
     return method._replace(family="crsam", tunes=("crsam.rho", "crsam.alpha", "crsam.beta"))
+
+
+def _late(method: Method, stage: Callable[[LossFn, Recipe], optax.GradientTransformation]) -> Method:
+    """The base optimizer first, and the method in the last part of training."""
+
+    def build(
+        loss_fn: LossFn, recipe: Recipe, base: optax.GradientTransformation, schedule: optax.Schedule, steps: int
+    ) -> optax.GradientTransformation:
+        return optax.chain(cj.late(stage(loss_fn, recipe), recipe.late_start, steps), base)
+
+    return method._replace(label=f"late {method.label}", build=build)
 
 
 def _crsam(loss_fn: LossFn, recipe: Recipe, **changes: Any) -> optax.GradientTransformationExtraArgs:
@@ -61,14 +74,14 @@ def _sam(loss_fn: LossFn, recipe: Recipe, **changes: Any) -> optax.GradientTrans
 
 
 METHODS: dict[str, Method] = {
-    "base": Method("base", "base", 1, lambda loss_fn, recipe, base, schedule: base, ()),
+    "base": Method("base", "base", 1, lambda loss_fn, recipe, base, schedule, steps: base, ()),
     "sam": _first("SAM", 2, _sam),
     "asam": _first("ASAM", 2, lambda f, r: cj.asam(f, r.asam.rho, r.asam.eta, has_aux=True), "asam.rho"),
     "rsam": _first("R-SAM", 3, lambda f, r: cj.rsam(f, r.sam.rho, has_aux=True)),
     "wsam": _first("WSAM, coupled", 2, lambda f, r: cj.wsam(f, r.sam.rho, has_aux=True)),
     "decoupled-wsam": Method(
         "WSAM, decoupled", "sam", 2,
-        lambda f, r, base, schedule: cj.decoupled_wsam(f, base, schedule, r.sam.rho, has_aux=True), ("sam.rho",),
+        lambda f, r, base, schedule, steps: cj.decoupled_wsam(f, base, schedule, r.sam.rho, has_aux=True), ("sam.rho",),
     ),
     "gsam": _first("GSAM", 2, lambda f, r: cj.gsam(f, r.sam.rho, has_aux=True)),
     "gradient-norm": _first(
@@ -81,7 +94,15 @@ METHODS: dict[str, Method] = {
     "sam-every-2": _first("SAM every 2nd step", 2, lambda f, r: cj.periodic(_sam(f, r), 2)),
     "look-sam": _first("LookSAM, k = 5", 2, lambda f, r: cj.look(_sam(f, r), 5)),
     "ae-sam": _first("AE-SAM's policy", 2, lambda f, r: cj.adaptive_policy(_sam(f, r))),
+    "sam-late": _late(_first("SAM", 2, _sam), _sam),
+    "msam": Method(
+        "MSAM", "sam", 1, lambda f, r, base, schedule, steps: cj.msam(base, r.msam.rho, r.momentum), ("msam.rho",), True
+    ),
+    "s2sam": Method(
+        "S²-SAM", "sam", 1, lambda f, r, base, schedule, steps: cj.s2sam(base, r.s2sam.rho), ("s2sam.rho",), True
+    ),
     "crsam": _two_sided("CR-SAM", _crsam),
+    "crsam-late": _late(_two_sided("CR-SAM", _crsam), _crsam),
     "crsam-linear": _two_sided("CR-SAM, linear", lambda f, r: _crsam(f, r, penalty="linear")),
     "crsam-eq7": _two_sided("CR-SAM, eq. 7, κ = 0.5", lambda f, r: _crsam(f, r, offset=0.0, max_penalty_ratio=0.5)),
     "crsam-gradients": _two_sided("CR-SAM, gradient differences", lambda f, r: _crsam(f, r, differences="gradients")),

@@ -53,7 +53,8 @@ def optimizer(
         base = optax.chain(
             optax.add_decayed_weights(recipe.weight_decay), optax.sgd(schedule, momentum=recipe.momentum)
         )
-    return optax.with_extra_args_support(method_of(recipe).build(loss_fn, recipe, base, schedule))
+    steps = recipe.epochs * steps_per_epoch
+    return optax.with_extra_args_support(method_of(recipe).build(loss_fn, recipe, base, schedule, steps))
 
 
 def evaluations_per_step(recipe: Recipe, opt_state: Any) -> float:

@@ -31,6 +31,8 @@ _PANELS = {
     "train_loss": "training loss",
 }
 
+_COST = ("seconds", "test_accuracy")
+
 Runs = Mapping[str, Sequence[Sequence[EpochRow]]]
 """From an arm's label to the epochs of each of its seeds."""
 
@@ -71,6 +73,44 @@ def accuracy_over_time(runs: Runs, path: Path) -> None:
             axis.errorbar(seconds[-1], accuracy[:, -1].mean(), spread, fmt="o", capsize=2, color=look["color"])
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
         _finish(figure, axis, len(runs), path)
+
+
+def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draws the mean accuracy of each arm over the median seconds of a run, with standard errors, and the front.
+
+    The front is what no other arm beats in both.
+    """
+    points = [s for s in summaries if s["seconds"] is not None]
+    if not points:
+        return
+    with plt.rc_context(style.SETTINGS):
+        figure, axis = plt.subplots(figsize=(style.WIDTH, 4.4), layout="constrained")
+        for number, (s, look) in enumerate(zip(points, itertools.cycle(_LOOKS), strict=False)):
+            errors = {
+                f"{x}err": (s[f"{field}_std"] or 0) / np.sqrt(s["seeds"]) for x, field in zip("xy", _COST, strict=True)
+            }
+            marker = "os^vDPX*"[number // len(_COLORS) % 8]
+            axis.errorbar(s["seconds"], s["test_accuracy"], **errors, fmt=marker, color=look["color"], label=s["label"])
+        best = front([(s["seconds"], s["test_accuracy"]) for s in points])
+        axis.step(*zip(*best, strict=True), where="post", color="#bbbbbb", zorder=0)
+        axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
+        figure.legend(loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points of (cost, gain) that none of no more cost equals or beats, by cost.
+
+    Example:
+      >>> front([(2.0, 5.0), (1.0, 3.0), (3.0, 4.0)])
+      [(1.0, 3.0), (2.0, 5.0)]
+    """
+    best: list[tuple[float, float]] = []
+    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
+        if not best or gain > best[-1][1]:
+            best.append((cost, gain))
+    return best
 
 
 def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:

@@ -18,13 +18,13 @@ import crsam_jax
 from experiments.augment import augment, normalize
 from experiments.inputs import Batch, Signature, select
 from experiments.network import LossFn, make_network
-from experiments.optimizers import learning_rate, optimizer
+from experiments.optimizers import learning_rate, method_of, optimizer
 from experiments.overrides import changed, flat, from_settings
 from experiments.recipes import Recipe
 
 TRACED = (
     "learning_rate", "weight_decay", "momentum", "ema", "sam.rho", "asam.rho", "asam.eta", "crsam.rho", "crsam.alpha",
-    "crsam.beta", "crsam.offset", "crsam.max_penalty_ratio",
+    "crsam.beta", "crsam.offset", "crsam.max_penalty_ratio", "msam.rho", "s2sam.rho",
 )  # fmt: skip
 """Numbers that the compiled step takes from the state, so that all their values share it."""
 
@@ -71,6 +71,7 @@ class Program(NamedTuple):
     Attributes:
       init: from a seed to the first state.
       step: from a state (donated) and a feed to the next state.
+      weights: from a state to the params to evaluate, average and export: without the shift of MSAM and S²-SAM.
       evaluate: from params, model state, a batch, and which classes may be answered (or None: all), to sums over the
         examples: loss, right answers, examples; then confidence, right answers and examples in each bin.
       probe: from params, model state and a batch to the norm of the gradient and the curvature vᵀHv along it.
@@ -81,6 +82,7 @@ class Program(NamedTuple):
 
     init: Callable[..., State]
     step: Any  # what jit returns: readiness lowers it
+    weights: Callable[[State], Any]
     evaluate: Callable[[Any, Any, Batch, ArrayLike | None], jax.Array]
     probe: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
     loss_fn: LossFn
@@ -124,6 +126,10 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         return optimizer(changed(recipe, numbers), network.loss_fn, signature.steps_per_epoch)
 
     @partial(jax.jit, out_shardings=everywhere)
+    def unshifted(opt_state: Any, params: Any) -> Any:
+        return crsam_jax.eval_params(opt_state, params) if method_of(recipe).is_shifted else params
+
+    @partial(jax.jit, out_shardings=everywhere)
     def init(seed: int, numbers: dict[str, jax.Array]) -> State:
         params, model_state = network.init(seed)
         rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
@@ -151,7 +157,7 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
             params=params,
             model_state=model_state,
             opt_state=opt_state,
-            average=_averaged(state, (params, model_state)),
+            average=_averaged(state, (unshifted(opt_state, params), model_state)),
             loss=loss,
             loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
             correct=jnp.where(is_first, 0, state.correct) + correct,
@@ -175,7 +181,11 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         return seen.grad_norm, seen.curvature
 
     schedule = learning_rate(recipe, signature.steps_per_epoch)
-    return Program(init, step, evaluate, probe, network.loss_fn, evaluation_loss, schedule)
+
+    def weights(state: State) -> Any:
+        return unshifted(state.opt_state, state.params)
+
+    return Program(init, step, weights, evaluate, probe, network.loss_fn, evaluation_loss, schedule)
 
 
 def averaged(state: State) -> tuple[Any, Any]:

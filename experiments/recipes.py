@@ -38,6 +38,22 @@ class Asam:
 
 
 @dataclasses.dataclass(frozen=True)
+class Msam:
+    """Settings of MSAM, which perturbs along its momentum."""
+
+    rho: float = 0.3
+    """Length of the perturbation, ρ."""
+
+
+@dataclasses.dataclass(frozen=True)
+class S2Sam:
+    """Settings of S²-SAM, which perturbs along the gradient before."""
+
+    rho: float = 0.05
+    """Length of the perturbation, ρ."""
+
+
+@dataclasses.dataclass(frozen=True)
 class CrSam:
     """Settings of CR-SAM and its variants."""
 
@@ -86,6 +102,10 @@ class Recipe:
     sam: Sam = dataclasses.field(default_factory=Sam)
     asam: Asam = dataclasses.field(default_factory=Asam)
     crsam: CrSam = dataclasses.field(default_factory=CrSam)
+    msam: Msam = dataclasses.field(default_factory=Msam)
+    s2sam: S2Sam = dataclasses.field(default_factory=S2Sam)
+    late_start: float = 0.85
+    """Share of the steps that a late method leaves to the base optimizer."""
     augmentation: Literal["none", "basic", "cutout", "autoaugment", "inception"] = "basic"
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
     seed: int = 0

@@ -15,7 +15,7 @@ from experiments.recipes import Recipe
 
 
 class Restored(NamedTuple):
-    """A run as it was at one checkpoint."""
+    """A run as it was at one checkpoint, with the params to evaluate: see ``Program.weights``."""
 
     recipe: Recipe
     mesh: Mesh
@@ -58,4 +58,4 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     program = make_program(recipe, inputs.signature, mesh)
     with closing(Checkpoints(folder)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)
-    return Restored(recipe, mesh, inputs, program, state)
+    return Restored(recipe, mesh, inputs, program, state._replace(params=program.weights(state)))

@@ -27,32 +27,37 @@ Results = Mapping[str, Sequence[Result]]
 
 
 def write_summary(
-    folder: Path, labels: Mapping[str, str], complete: Sequence[Job], against: str, detect: float = 0.5
+    folder: Path, labels: Mapping[str, str], complete: Sequence[Job], against: Sequence[str], detect: float = 0.5
 ) -> None:
-    """Writes runs.csv, summary.csv, table.md, curves.png and time.png, and prints the table.
+    """Writes runs.csv, summary.csv, table.md, curves.png, time.png and cost.png, and prints the table.
 
     Args:
       folder: where to.
       labels: of the arms.
       complete: the runs.
-      against: the arm that differences are taken to.
+      against: the arms that differences are taken to; summary.csv has those to the first.
       detect: difference of accuracy for which the number of seeds is estimated.
     """
     results: dict[str, list[Result]] = {}
     for job in complete:
         results.setdefault(job.arm, []).append(jobs.read_result(job))
-    summaries = summarize(results, labels, against, detect)
+    summaries, *others = (summarize(results, labels, reference, detect) for reference in against)
     tables.write(folder / "runs.csv", [row for rows in results.values() for row in rows])
     tables.write(folder / "summary.csv", summaries)
     titles, rows = _main_table(results, summaries)
     table = tables.markdown(titles, rows)
-    tables.replace(folder / "table.md", table + _difference_table(summaries, against, detect))
+    differences = [
+        _difference_table(found, reference, detect)
+        for found, reference in zip((summaries, *others), against, strict=True)
+    ]
+    tables.replace(folder / "table.md", table + "".join(differences))
     epochs = {labels[arm]: [jobs.read_rows(job) for job in complete if job.arm == arm] for arm in results}
     drawn = {label: [seed for seed in seeds if seed] for label, seeds in epochs.items() if any(seeds)}
     plots.curves(drawn, folder / "curves.png")
     plots.accuracy_over_time(drawn, folder / "time.png")
+    plots.accuracy_over_cost(summaries, folder / "cost.png")
     tables.show(table)
-    print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png.")
+    print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png, cost.png.")
 
 
 def summarize(results: Results, labels: Mapping[str, str], against: str, detect: float) -> list[dict[str, Any]]:

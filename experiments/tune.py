@@ -25,6 +25,8 @@ SPACE = {
     "crsam.rho": (0.02, 1.0),
     "crsam.alpha": (0.01, 1.0),
     "crsam.beta": (0.001, 0.3),
+    "msam.rho": (0.1, 5.0),
+    "s2sam.rho": (0.02, 1.0),
 }
 """Ranges of the methods' own settings. That of the learning rate is from a tenth to ten times the recipe's."""
 

@@ -154,7 +154,7 @@ def test_equal_evaluations_are_more_epochs_for_the_cheap(tmp_path):
 
 def test_the_reference_must_be_an_arm():
     with pytest.raises(ValueError, match="--against gsam is none of the arms: base, sam"):
-        compare.compare("digits", TINY, dataclasses.replace(TWO, against="gsam"), {}, QUICK)
+        compare.compare("digits", TINY, dataclasses.replace(TWO, against=("gsam",)), {}, QUICK)
 
 
 def test_the_table_is_the_mean_and_the_sample_deviation_of_the_last_epochs():

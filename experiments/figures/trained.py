@@ -66,14 +66,15 @@ def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) ->
       FileNotFoundError: if an epoch was not kept, with those that were.
     """
     per_epoch = signature.steps_per_epoch
-    like = jax.eval_shape(make_program(run.recipe, signature, start(Run(devices=1))).init, 0)
+    program = make_program(run.recipe, signature, start(Run(devices=1)))
+    like = jax.eval_shape(program.init, 0)
     with contextlib.closing(Checkpoints(run.folder)) as checkpoints:
         kept = [step // per_epoch for step in checkpoints.steps if step % per_epoch == 0]
         missing = sorted(set(epochs) - set(kept))
         if missing:
             raise FileNotFoundError(f"{run.folder} kept no checkpoint of the epochs {missing}; there are {kept}.")
         states = [(epoch, checkpoints.restore(like, epoch * per_epoch)[0]) for epoch in epochs or kept]
-    return [Snapshot(epoch, state.params, state.model_state) for epoch, state in states]
+    return [Snapshot(epoch, program.weights(state), state.model_state) for epoch, state in states]
 
 
 def _open(folder: Path) -> Trained:
