@@ -189,14 +189,14 @@ def test_momentum_ascent_is_a_loop_in_numpy():
 
 @pytest.mark.parametrize(("sigma", "decay"), [(1.0, 0.9), (0.5, 0.6)])
 def test_friendly_ascent_is_a_loop_in_numpy(sigma, decay):
-    """d = g − σ m with the mean before the step, which follows g and not d."""
+    """d = g − σ m with the mean before the step, which starts at the first g and follows g, not d."""
     problem = polynomial(True)
     grads = gradients_of(problem, 5)
     found, states = directions(friendly_ascent(sigma, decay), grads, problem.params)
     m, expected = np.zeros(6), []
     for g in map(flat, grads):
         expected.append(unit(g - sigma * m))
-        m = decay * m + (1 - decay) * g
+        m = decay * m + (1 - decay) * g if m.any() else g
     close(found, expected)
     close(flat(states[-1]), m)
 
