@@ -445,3 +445,16 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=match):
             make()
+
+
+@pytest.mark.parametrize("name", ASCENTS)
+@pytest.mark.parametrize("params", [{}, (), {"a": jnp.zeros((0, 3))}, {"a": jnp.zeros(0), "b": jnp.ones(2), "c": {}}])
+def test_trees_without_elements_and_empty_leaves_work(name, params):
+    loss_fn = lambda p: sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(p)), jnp.zeros(()))
+    ascent = ASCENTS[name]() if name != "sparse" else sparse_ascent(jax.tree.map(lambda p: p > 0, params))
+    tx = sam(loss_fn, RHO, ascent=ascent)
+    state = tx.init(params)
+    for _ in range(2):
+        gradient, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
+        assert np.all(np.isfinite(flat(gradient)))

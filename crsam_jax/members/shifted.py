@@ -20,7 +20,7 @@ import optax
 
 from crsam_jax.ascents.ascent import broadcast_mask, masked
 from crsam_jax.step import trees
-from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_params, value_at
+from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_leaves, check_params, is_hidden, value_at
 from crsam_jax.step.diagnostics import accumulated, initial
 from crsam_jax.step.fallbacks import are_valid
 from crsam_jax.step.types import Mask, Params, Scalar, ScalarOrSchedule
@@ -129,6 +129,7 @@ def shifted(
     base = optax.with_extra_args_support(base_optimizer)
 
     def init(params: Params) -> OneEvaluationState:
+        check_leaves(_shown(params))
         dtype = trees.wide_dtype(params)
         memory_dtype = None if decay is None else dtype
         return OneEvaluationState(
@@ -200,19 +201,21 @@ def _without(params: Params, perturbation: Params) -> Params:
     """The params w; what an optimizer around this one has hidden stays as it is."""
 
     def subtract(e: Any, shifted: Any) -> Any:
-        if isinstance(e, optax.MaskedNode):
+        if is_hidden(e):
             return shifted
         return (trees.widen(shifted) - e).astype(jnp.result_type(shifted))
 
-    return jax.tree.map(subtract, perturbation, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return jax.tree.map(subtract, perturbation, params, is_leaf=is_hidden)
 
 
 def _check(name: str, grads: Params, params: Params) -> None:
     if params is None:
         raise ValueError(f"params is None, but {name} moves them: call update(grads, state, params).")
 
-    def is_hidden(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    check_params(jax.tree.map(lambda leaf: None if is_hidden(leaf) else leaf, params, is_leaf=is_hidden))
+    check_params(_shown(params))
     check_gradient(grads, params)
+
+
+def _shown(params: Params) -> Params:
+    """The params without what an optimizer around this one has hidden."""
+    return jax.tree.map(lambda leaf: None if is_hidden(leaf) else leaf, params, is_leaf=is_hidden)
