@@ -165,8 +165,8 @@ def _advice(params: Any) -> str:
     name = f"{type(params).__module__}.{type(params).__qualname__}"
     return (
         f" params is an object of type {name}: if it is a model, pass its parameters alone, from "
-        "nnx.split(model, nnx.Param, ...), variables['params'] of Linen, eqx.partition, or the trainable variables of Keras, and "
-        "let loss_fn apply the model to them."
+        "nnx.split(model, nnx.Param, ...), variables['params'] of Linen, eqx.partition, or the trainable "
+        "variables of Keras, and let loss_fn apply the model to them."
     )
 
 
