@@ -168,7 +168,8 @@ def streamed_batches(
 ) -> Iterator[Batch]:
     """The evaluation batches of ImageNet, or of a relative with its classes."""
     share = _share(recipe, run)
-    for batch in imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share):
+    batches = imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share)
+    for batch in source.read(batches, name, run.data_dir):
         yield _from_dict(batch, mesh)
 
 
@@ -176,9 +177,15 @@ def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
     iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, run))
     examples = source.find_builder("imagenet2012", run.data_dir).info.splits["train"].num_examples
     signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
+
+    def feed(step: int) -> Batch:
+        with source.undamaged("imagenet2012", run.data_dir):
+            batch = next(iterator)
+        return _from_dict(batch, mesh)
+
     return Inputs(
         signature,
-        feed=lambda step: _from_dict(next(iterator), mesh),
+        feed=feed,
         evaluation=partial(streamed_batches, recipe, mesh, run),
         examples=lambda count: None,
         position=iterator.get_state,

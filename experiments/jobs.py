@@ -1,10 +1,12 @@
 """Many training runs: those that are complete are read, the others are carried out, in one process or several."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +23,7 @@ from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
 from experiments.progress import Bar
+from experiments.quiet import quiet_libraries
 from experiments.recipes import Recipe
 from experiments.train import train
 
@@ -94,13 +97,7 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
             for job in missing:
                 show(_carry_out(name, job, run))
         elif missing:
-            with _pool(processes) as pool:
-                try:
-                    for future in as_completed([pool.submit(_carry_out, name, job, run) for job in missing]):
-                        show(future.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            _share_out(name, missing, run, processes, show)
 
 
 def is_complete(job: Job) -> bool:
@@ -144,6 +141,52 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
     return job
 
 
+def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
+    """Carries out jobs in several processes. Ctrl-C reaches all: each of them saves its run, and here it is raised."""
+    with _pool(processes) as pool:
+        try:
+            with _held_back(signal.SIGINT):  # also in the processes that start here: training asks for it
+                futures = [pool.submit(_work, name, job, run) for job in jobs]
+            with _raised(signal.SIGINT):
+                for future in as_completed(futures):
+                    show(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+@contextlib.contextmanager
+def _held_back(number: signal.Signals) -> Iterator[None]:
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+@contextlib.contextmanager
+def _raised(number: signal.Signals) -> Iterator[None]:
+    handler = signal.signal(number, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(number, handler)
+
+
+_stopped: list[SystemExit] = []
+"""What ended a run of this process before its time: jobs that were handed to it already are not begun."""
+
+
+def _work(name: str, job: Job, run: Run) -> Job:
+    if _stopped:
+        raise _stopped[0]
+    try:
+        return _carry_out(name, job, run)
+    except SystemExit as stop:
+        _stopped.append(stop)
+        raise
+
+
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Fresh processes, each of which keeps what it has compiled for the jobs that follow."""
     context = multiprocessing.get_context("spawn")
@@ -157,6 +200,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 def _start_process(cores: Any, cache_dir: str | None) -> None:
     """Binds a new process to one core, before jax counts them."""
+    quiet_libraries()
     core = cores.get()
     if core is not None:
         os.sched_setaffinity(0, {core})

@@ -350,7 +350,7 @@ def test_updates_that_overflow_leave_the_shift_out_and_are_counted(name):
     updates, after = tx.update(g, state, shifted)
     assert [int(s.diagnostics.guarded_steps) for s in (state, after)] == [1, 1]
     assert np.all(np.isfinite(updates))
-    np.testing.assert_array_equal(eval_params(after, optax.apply_updates(shifted, updates)), w - 2 * g)
+    np.testing.assert_allclose(eval_params(after, optax.apply_updates(shifted, updates)), w - 2 * g, rtol=1e-3)
 
 
 def test_a_momentum_that_overflows_is_not_remembered():
