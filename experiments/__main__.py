@@ -21,6 +21,9 @@ def _stop_at_once(number: int, frame: object) -> None:
     """
     if os.isatty(1):
         os.write(1, b"\x1b[?25h")  # the cursor, which a progress bar hides
+    if "multiprocessing" in sys.modules:
+        for child in sys.modules["multiprocessing"].active_children():
+            child.kill()
     os.write(2, b"error: interrupted\n")
     os._exit(128 + number)
 

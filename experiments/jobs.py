@@ -1,12 +1,10 @@
 """Many training runs: those that are complete are read, the others are carried out, in one process or several."""
 
-import contextlib
 import json
 import math
 import multiprocessing
 import os
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +17,7 @@ from experiments import ranges, runs
 from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
+from experiments.interruptions import held_back, raised
 from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
@@ -145,32 +144,14 @@ def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: C
     """Carries out jobs in several processes. Ctrl-C reaches all: each of them saves its run, and here it is raised."""
     with _pool(processes) as pool:
         try:
-            with _held_back(signal.SIGINT):  # also in the processes that start here: training asks for it
+            with held_back():  # also in the processes that start here, until they train
                 futures = [pool.submit(_work, name, job, run) for job in jobs]
-            with _raised(signal.SIGINT):
+            with raised():
                 for future in as_completed(futures):
                     show(future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
-
-
-@contextlib.contextmanager
-def _held_back(number: signal.Signals) -> Iterator[None]:
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
-@contextlib.contextmanager
-def _raised(number: signal.Signals) -> Iterator[None]:
-    handler = signal.signal(number, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(number, handler)
 
 
 _stopped: list[SystemExit] = []

@@ -213,3 +213,16 @@ def test_ctrl_c_while_several_processes_start_is_one_line_and_no_run_is_begun_af
     for config in tmp_path.glob("*/config.json"):
         assert json.loads(config.read_text())["epochs"] == 2000
         assert len(list((config.parent / "checkpoints").iterdir())) == 1  # saved, at its first step or later
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seconds", [8, 16])
+def test_ctrl_c_with_worker_processes_saves_the_run(seconds, data_dir, tmp_path, cache_folder):
+    """They are reached as well, and must neither stop nor speak before the run is saved."""
+    changes = ("model_options.width=8", "model_options.stage_sizes=[1,1]", "image_size=32", "batch_size=20")
+    arguments = (
+        "train", "imagenet-resnet50", "--model", "resnet18", "--set", *changes, "--epochs", "5000", "--devices", "1",
+        "--workers", "2", "--data-dir", data_dir, "--out", tmp_path,
+    )  # fmt: skip
+    output, error = interrupted(arguments, seconds, cache_folder)
+    assert error == "error: interrupted\n" or (not error and "The same command goes on from there." in output)

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments.interruptions import held_back
+
 T = TypeVar("T")
 
 PROJECT_ROOT = Path(__file__).parents[2]
@@ -83,9 +85,16 @@ def undamaged(name: str, data_dir: str | Path | None = None) -> Iterator[None]:
 
 
 def read(batches: Iterable[T], name: str, data_dir: str | Path | None = None) -> Iterator[T]:
-    """The batches, with the errors of :func:`undamaged`."""
+    """The batches, with the errors of :func:`undamaged`; worker processes that make them do not hear Ctrl-C."""
     with undamaged(name, data_dir):
-        yield from batches
+        with held_back():
+            iterator = iter(batches)
+        while True:
+            with held_back():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
 
 
 def _command(name: str, folder: Path) -> str:
