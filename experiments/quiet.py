@@ -16,6 +16,8 @@ def quiet_libraries() -> None:
     """
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    # What data workers leave in shared memory is freed by a process of its own, which reads its filters from here.
+    sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.excepthook, sys.unraisablehook = _show, _show_unraisable
 
 
