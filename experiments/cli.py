@@ -1,13 +1,11 @@
 """The subcommands, and what their errors look like."""
 
 import dataclasses
-import logging
 import os
 import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Any, Literal
 
 import jax
@@ -16,6 +14,7 @@ import tyro
 from experiments import arms, configs, recipes
 from experiments.figures.settings import Figures, What
 from experiments.overrides import find, flat, parse, read
+from experiments.quiet import quiet_libraries
 
 BenchmarkSettings = Annotated[configs.Benchmark, tyro.conf.arg(name="")]
 Name = Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="NAME")]
@@ -261,7 +260,7 @@ def main() -> int:
             "figures": figures,
         }
         _keep_compiled_programs()
-        _quiet_libraries()
+        quiet_libraries()
         tyro.extras.subcommand_cli_from_dict(
             commands, prog="python -m experiments", description="Experiments around crsam_jax."
         )
@@ -272,17 +271,6 @@ def main() -> int:
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return 1
     return 0
-
-
-def _quiet_libraries() -> None:
-    """What goes wrong in a checkpoint is raised; orbax and tensorstore print it as tracebacks besides."""
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
-
-    def show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-        if str(error) != "Event loop is closed":  # by the first error, so that all others find it closed
-            sys.__excepthook__(kind, error, traceback)
-
-    sys.excepthook = show
 
 
 def _in_words(error: Exception) -> str:

@@ -18,7 +18,8 @@ _PILOT_EPOCHS = 3  # the first compiles and warms up
 def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: Run) -> Path:
     """Trains every arm with the seeds 0, 1, ..., and returns the folder with all runs, tables and plots.
 
-    Runs that are complete are read, others go on where they were. An interruption leaves tables of what is complete.
+    Runs that are complete are read, others go on where they were. An interruption of a run in training leaves
+    tables of what is complete.
 
     Args:
       name: of the recipe, for the folder.

@@ -5,6 +5,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from experiments import tables
 from experiments.configs import Run
 from experiments.program import averaged
 from experiments.restore import restore
@@ -25,10 +26,11 @@ def export(folder: Path, out: Path | None = None, step: int | None = None, avera
     Raises:
       FileNotFoundError: if there is no such run or checkpoint.
       ImportError: if safetensors is not installed.
+      OSError: if the file cannot be written.
       ValueError: if there is no average.
     """
     try:
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
     except ImportError as error:
         raise ImportError("Export needs safetensors: pip install safetensors.") from error
     restored = restore(folder, step, Run(devices=1))
@@ -41,6 +43,6 @@ def export(folder: Path, out: Path | None = None, step: int | None = None, avera
     }
     recipe = restored.recipe
     note = {"model": recipe.model, "dataset": recipe.dataset, "method": recipe.method, "step": str(int(state.step))}
-    save_file(arrays, out, note)
+    tables.replace(out, save(arrays, note))
     print(f"{len(arrays)} arrays of {folder}, step {note['step']}, are in {out}.")
     return out

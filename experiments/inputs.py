@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from experiments.configs import Run
 from experiments.data import digits, imagenet, source, subset, vision
 from experiments.data.dataset import Dataset, Split
+from experiments.interruptions import held_back
 from experiments.recipes import Recipe
 
 EVALUATION_BATCH = 1000
@@ -168,17 +169,21 @@ def streamed_batches(
 ) -> Iterator[Batch]:
     """The evaluation batches of ImageNet, or of a relative with its classes."""
     share = _share(recipe, run)
-    for batch in imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share):
+    with held_back():
+        batches = imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share)
+    for batch in source.read(batches, name, run.data_dir):
         yield _from_dict(batch, mesh)
 
 
 def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
-    iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, run))
+    with held_back():  # also in the worker processes that start here
+        iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, run))
     examples = source.find_builder("imagenet2012", run.data_dir).info.splits["train"].num_examples
     signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
+    batches = source.read(iterator, "imagenet2012", run.data_dir)
     return Inputs(
         signature,
-        feed=lambda step: _from_dict(next(iterator), mesh),
+        feed=lambda step: _from_dict(next(batches), mesh),
         evaluation=partial(streamed_batches, recipe, mesh, run),
         examples=lambda count: None,
         position=iterator.get_state,

@@ -4,7 +4,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +17,12 @@ from experiments import ranges, runs
 from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
+from experiments.interruptions import held_back, raised
 from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
 from experiments.progress import Bar
+from experiments.quiet import quiet_libraries
 from experiments.recipes import Recipe
 from experiments.train import train
 
@@ -94,13 +96,7 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
             for job in missing:
                 show(_carry_out(name, job, run))
         elif missing:
-            with _pool(processes) as pool:
-                try:
-                    for future in as_completed([pool.submit(_carry_out, name, job, run) for job in missing]):
-                        show(future.result())
-                except BaseException:
-                    pool.shutdown(cancel_futures=True)
-                    raise
+            _share_out(name, missing, run, processes, show)
 
 
 def is_complete(job: Job) -> bool:
@@ -144,6 +140,34 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
     return job
 
 
+def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
+    """Carries out jobs in several processes. Ctrl-C reaches all: each of them saves its run, and here it is raised."""
+    with _pool(processes) as pool:
+        try:
+            with held_back():  # also in the processes that start here, until they train
+                futures = [pool.submit(_work, name, job, run) for job in jobs]
+            with raised():
+                for future in as_completed(futures):
+                    show(future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+_stopped: list[SystemExit] = []
+"""What ended a run of this process before its time: jobs that were handed to it already are not begun."""
+
+
+def _work(name: str, job: Job, run: Run) -> Job:
+    if _stopped:
+        raise _stopped[0]
+    try:
+        return _carry_out(name, job, run)
+    except SystemExit as stop:
+        _stopped.append(stop)
+        raise
+
+
 def _pool(processes: int) -> ProcessPoolExecutor:
     """Fresh processes, each of which keeps what it has compiled for the jobs that follow."""
     context = multiprocessing.get_context("spawn")
@@ -157,6 +181,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 def _start_process(cores: Any, cache_dir: str | None) -> None:
     """Binds a new process to one core, before jax counts them."""
+    quiet_libraries()
     core = cores.get()
     if core is not None:
         os.sched_setaffinity(0, {core})

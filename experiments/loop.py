@@ -114,7 +114,7 @@ def evaluate(
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects the first SIGTERM or SIGINT in a list; the second acts as ever."""
+    """Collects the first SIGTERM or SIGINT in a list, or one that was held back before; the second acts as ever."""
     caught: list[int] = []
     kinds = (signal.SIGTERM, signal.SIGINT)
     before = {kind: signal.getsignal(kind) for kind in kinds}
@@ -129,9 +129,11 @@ def caught_signals() -> Iterator[list[int]]:
 
     for kind in kinds:
         signal.signal(kind, catch)
+    mask = signal.pthread_sigmask(signal.SIG_UNBLOCK, kinds)
     try:
         yield caught
     finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         restore()
 
 

@@ -82,7 +82,13 @@ def read(path: Path) -> dict[str, Any]:
 
 def find(name: str) -> Recipe:
     """A recipe by its name, or from a file ending in .json: one that ``tune`` wrote, or the config.json of a run."""
-    return from_settings(read(Path(name))) if name.endswith(".json") else recipes.get(name)
+    if not name.endswith(".json"):
+        return recipes.get(name)
+    settings = read(Path(name))
+    try:
+        return from_settings(settings)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
 
 
 def from_settings(settings: Changes) -> Recipe:

@@ -59,10 +59,10 @@ def write(path: Path, rows: Sequence[Any]) -> None:
     unfinished.replace(path)
 
 
-def replace(path: Path, text: str) -> None:
+def replace(path: Path, content: str | bytes) -> None:
     """Writes a file, whole or not at all."""
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text)
+    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
     unfinished.replace(path)
 
 

@@ -189,14 +189,14 @@ def test_momentum_ascent_is_a_loop_in_numpy():
 
 @pytest.mark.parametrize(("sigma", "decay"), [(1.0, 0.9), (0.5, 0.6)])
 def test_friendly_ascent_is_a_loop_in_numpy(sigma, decay):
-    """d = g − σ m with the mean before the step, which follows g and not d."""
+    """d = g − σ m with the mean before the step, which starts at the first g and follows g, not d."""
     problem = polynomial(True)
     grads = gradients_of(problem, 5)
     found, states = directions(friendly_ascent(sigma, decay), grads, problem.params)
     m, expected = np.zeros(6), []
     for g in map(flat, grads):
         expected.append(unit(g - sigma * m))
-        m = decay * m + (1 - decay) * g
+        m = decay * m + (1 - decay) * g if m.any() else g
     close(found, expected)
     close(flat(states[-1]), m)
 
@@ -445,3 +445,16 @@ def test_bad_arguments():
     ):
         with pytest.raises(error, match=match):
             make()
+
+
+@pytest.mark.parametrize("name", ASCENTS)
+@pytest.mark.parametrize("params", [{}, (), {"a": jnp.zeros((0, 3))}, {"a": jnp.zeros(0), "b": jnp.ones(2), "c": {}}])
+def test_trees_without_elements_and_empty_leaves_work(name, params):
+    loss_fn = lambda p: sum((jnp.sum(leaf**2) for leaf in jax.tree.leaves(p)), jnp.zeros(()))
+    ascent = ASCENTS[name]() if name != "sparse" else sparse_ascent(jax.tree.map(lambda p: p > 0, params))
+    tx = sam(loss_fn, RHO, ascent=ascent)
+    state = tx.init(params)
+    for _ in range(2):
+        gradient, state = tx.update(jax.grad(loss_fn)(params), state, params)
+        assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, params)
+        assert np.all(np.isfinite(flat(gradient)))

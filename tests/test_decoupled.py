@@ -216,3 +216,33 @@ def test_bad_arguments():
     tx = make(ETA)
     with pytest.raises(ValueError, match="params is None"):
         tx.update(jnp.ones(4), tx.init(W))
+
+
+SCHEDULES = {
+    "gamma reaches 1": {"gamma": lambda count: jnp.where(count == 1, 1.0, GAMMA)},
+    "gamma is not finite": {"gamma": lambda count: jnp.where(count == 1, jnp.nan, GAMMA)},
+    "gamma is negative": {"gamma": lambda count: jnp.where(count == 1, -0.1, GAMMA)},
+    "rate is negative": {"learning_rate": lambda count: jnp.where(count == 1, -ETA, ETA)},
+    "rate overflows": {"learning_rate": lambda count: jnp.where(count == 1, np.finfo(np.float64).max, ETA)},
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_out_of_range_leaves_the_sharpness_term_out_and_is_counted(name):
+    loss_fn = lambda w: jnp.sum(w**4)
+    tx = decoupled_wsam(loss_fn, optax.sgd(ETA), **{"learning_rate": ETA, "gamma": GAMMA} | SCHEDULES[name])
+    w = jnp.array([1.0, 30.0])
+    state, grads, counts = tx.init(w), jax.grad(loss_fn)(w), []
+    for step in range(3):
+        updates, state = tx.update(grads, state, w)
+        counts.append(int(state.sharpness.diagnostics.guarded_steps))
+        assert np.array_equal(updates, -ETA * grads) == (step == 1)
+        assert np.all(np.isfinite(updates))
+    assert counts == [0, 1, 1]
+
+
+def test_a_step_that_the_probe_has_counted_is_not_counted_twice():
+    tx = decoupled_wsam(lambda w: jnp.sum(w**2), optax.sgd(ETA), ETA, gamma=lambda count: 1.0)
+    w = jnp.ones(2)
+    _, state = tx.update(jnp.zeros(2), tx.init(w), w)
+    assert state.sharpness.diagnostics.guarded_steps == 1

@@ -1,11 +1,27 @@
 """Bad input never passes silently, and the message names the fix."""
 
+import dataclasses
+import warnings
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from crsam_jax import Execution, adaptive_ascent, asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax import (
+    Execution,
+    adaptive_ascent,
+    asam,
+    crsam,
+    crsam_gradient,
+    gradient_norm_penalty,
+    gsam,
+    msam,
+    sam,
+    sparse_ascent,
+    wsam,
+)
 from tests.problems import MEMBERS
 
 PARAMS = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.array([3.0])}
@@ -154,3 +170,133 @@ def test_an_error_of_the_loss_itself_is_left_as_it_is():
 def test_a_schedule_is_no_constant():
     sam(loss_fn, rho=optax.linear_schedule(0.0, 0.1, 10))
     crsam(loss_fn, alpha=lambda count: 0.1, beta=optax.constant_schedule(0.1), offset=lambda count: 1.0)
+
+
+# What is no tree of arrays
+
+
+class Layer:
+    """A model of some library: no container, and to jax one leaf."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Model:
+    """A model whose leaves are seen by jax, as Equinox's and nnx's are."""
+
+    weight: jax.Array
+    activation: object
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_a_leaf_that_is_no_array_is_an_error_with_path_and_type(name):
+    for params in ({"w": jnp.ones(2), "f": jnp.tanh}, {"w": jnp.ones(2), "f": "float32"}, {"f": jnp.float32}):
+        with pytest.raises(TypeError, match=r"leaf of type \w+ at \['f'\].*eqx.partition") as error:
+            MEMBERS[name](loss_fn).init(params)
+        assert "nnx" not in str(error.value)
+
+
+@pytest.mark.parametrize("params", [Layer(), Model(jnp.ones(2), jnp.tanh), Model(jnp.ones(2), jnp.array(3))])
+@pytest.mark.parametrize("make", [lambda: sam(loss_fn), lambda: msam(optax.sgd(0.1))])
+def test_a_model_in_the_place_of_params_is_an_error_that_says_how_to_get_them(params, make):
+    with pytest.raises(TypeError, match=rf"params .*test_errors.{type(params).__name__}.*nnx.split.*Linen.*Keras"):
+        make().init(params)
+
+
+def test_models_of_flax_and_equinox_are_named():
+    linen, nnx, equinox = (pytest.importorskip(name) for name in ("flax.linen", "flax.nnx", "equinox"))
+    models = [
+        linen.Dense(3),
+        nnx.Dropout(0.5, rngs=nnx.Rngs(0)),
+        equinox.nn.MLP(2, 2, 2, 1, key=jax.random.key(0)),
+    ]
+    for model in models:
+        with pytest.raises(TypeError, match=f"object of type .*{type(model).__name__}: if it is a model"):
+            sam(loss_fn).init(model)
+
+
+def test_a_model_made_of_arrays_is_params():
+    model = Model(jnp.ones(2), jnp.ones(1))
+    gradient, _ = sam(lambda m: jnp.sum(m.weight**2)).update(model, sam(loss_fn).init(model), model)
+    assert isinstance(gradient, Model)
+
+
+def test_a_gradient_that_is_none_is_an_error_that_says_what_to_pass():
+    with pytest.raises(ValueError, match=r"structure of params.*None at \['b'\].*zeros.*mask="):
+        update({"w": PARAMS["w"], "b": None})
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_an_argument_by_position_is_an_error_that_names_it(name):
+    def loss_fn(params, batch):
+        return jnp.sum(params["w"] * batch)
+
+    tx = MEMBERS[name](loss_fn)
+    with pytest.raises(TypeError, match=r"update\(grads, state, params, batch=\.\.\.\)"):
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, 2.0)
+    with pytest.raises(TypeError, match=r"gradient_fn\(params, grads, batch=\.\.\.\)"):
+        crsam_gradient(loss_fn)(PARAMS, PARAMS, 2.0)
+
+
+def test_apply_gradients_of_a_train_state_is_named():
+    train_state = pytest.importorskip("flax.training.train_state")
+    tx = optax.chain(sam(lambda params, batch: jnp.sum(params["w"] * batch)), optax.sgd(0.1))
+    state = train_state.TrainState.create(apply_fn=None, params=PARAMS, tx=tx)
+    with pytest.raises(TypeError, match=r"needs 'batch'.*TrainState.apply_gradients.*state.tx.update"):
+        state.apply_gradients(grads=PARAMS, batch=1.0)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_an_optimizer_in_the_place_of_the_loss_is_an_error_that_shows_the_chain(name):
+    with pytest.raises(TypeError, match=r"loss_fn must be callable.*optax.chain\(sam\(loss_fn\), optax.sgd"):
+        MEMBERS[name](optax.sgd(0.1))
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_inject_hyperparams_that_calls_the_loss_as_a_schedule_is_an_error_that_names_static_args(name):
+    tx = optax.inject_hyperparams(MEMBERS[name])(lambda params: jnp.sum(params**2))
+    with pytest.raises(TypeError, match="static_args='loss_fn'"):
+        tx.init(jnp.ones(2))
+
+
+@pytest.mark.parametrize("array", [jnp.ones(1000, bool), np.ones((2, 500))])
+def test_an_array_for_a_mask_is_an_error_with_its_path_and_no_elements(array):
+    tx = sam(loss_fn, mask={"w": True, "b": array})
+    with pytest.raises(TypeError, match=r"mask must have True or False.*\[.*\] at \['b'\].*sparse_ascent") as error:
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert len(str(error.value)) < 200
+    with pytest.raises(TypeError, match=r"bool arrays.*float32\[2\] at \['w'\]"):
+        sparse_ascent({"w": jnp.ones(2)})
+
+
+# Arguments that are close to optional ones
+
+
+def scaled(params, batch=1.0, scale=1.0, key=None):
+    return scale * jnp.sum(params["w"]) * batch
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_an_argument_close_to_an_optional_one_warns_once_a_trace(name):
+    tx = MEMBERS[name](scaled)
+    step = jax.jit(lambda params, state: tx.update(params, state, params, scael=2.0))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            step(PARAMS, tx.init(PARAMS))
+    [found] = [one for one in caught if issubclass(one.category, UserWarning)]
+    assert all(part in str(found.message) for part in ("'scael'", "'scale'", "scaled(params"))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [{"scale": 1.0, "scael": 1.0}, {"value": 1.0}, {"labels": 1.0}, {"step": 1, "rngs": 0}, {"value_fn": None, "k": 1}],
+)
+def test_other_arguments_do_not_warn(given):
+    tx = sam(scaled)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS, **given)
+        sam(lambda params, scale=1.0, **rest: jnp.sum(params["w"])).update(
+            PARAMS, tx.init(PARAMS), PARAMS, scael=1.0
+        )  # it gets it

@@ -341,6 +341,18 @@ def test_without_a_direction_or_a_valid_radius_the_next_gradient_is_at_w(name):
         assert state.diagnostics.guarded_steps == 1
 
 
+@pytest.mark.parametrize("name", [msam, s2sam])
+def test_updates_that_overflow_leave_the_shift_out_and_are_counted(name):
+    w, g = jnp.array([8.0, 8.0], jnp.float16), jnp.array([-1.0, 1.0], jnp.float16)
+    tx = name(optax.sgd(1.0), rho=lambda count: jnp.where(count == 1, 1e38, 0.5))
+    updates, state = tx.update(g, tx.init(w), w)
+    shifted = optax.apply_updates(w, updates)
+    updates, after = tx.update(g, state, shifted)
+    assert [int(s.diagnostics.guarded_steps) for s in (state, after)] == [1, 1]
+    assert np.all(np.isfinite(updates))
+    np.testing.assert_allclose(eval_params(after, optax.apply_updates(shifted, updates)), w - 2 * g, rtol=1e-3)
+
+
 def test_a_momentum_that_overflows_is_not_remembered():
     params, gradient = jnp.ones(3), jnp.full(3, 2e38)
     tx = msam(optax.set_to_zero(), 0.1, 0.9)

@@ -373,3 +373,14 @@ def test_bad_arguments():
     for threshold, error in (("high", TypeError), (None, TypeError), (np.nan, ValueError)):
         with pytest.raises(error, match="threshold"):
             adaptive_policy(sam(loss_fn), threshold=threshold)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32])
+def test_look_returns_g_where_what_it_adds_overflows(dtype):
+    largest = float(jnp.finfo(dtype).max)
+    tx = look(sam(lambda w: w[0] ** 2 + 3 * w[1] ** 2, rho=0.5), k=2, strength=1.0)
+    w = jnp.array([3.0, 1.0], dtype)
+    _, state = tx.update(jnp.array([6.0, 6.0], dtype), tx.init(w), w)
+    grads = jnp.array([0.9 * largest, 0.9 * largest], dtype)
+    gradient, _ = tx.update(grads, state, w)
+    np.testing.assert_array_equal(gradient, grads)

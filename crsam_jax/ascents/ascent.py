@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from crsam_jax.step import trees
+from crsam_jax.step.checks import kind_of
 from crsam_jax.step.types import GradientFn, Mask, Params
 
 
@@ -48,9 +49,13 @@ def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
         raise ValueError(
             f"{name} must be a prefix of params: {jax.tree.structure(mask)} does not fit {jax.tree.structure(params)}."
         ) from error
-    for leaf in jax.tree.leaves(full):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(full):
         if not isinstance(leaf, bool):
-            raise TypeError(f"{name} must have True or False at its leaves, found {leaf!r}.")
+            raise TypeError(
+                f"{name} must have True or False at its leaves, found {kind_of(leaf)} at "
+                f"{jax.tree_util.keystr(path) or 'the root'}. It chooses whole leaves; single elements are chosen by "
+                "sparse_ascent."
+            )
     return full
 
 

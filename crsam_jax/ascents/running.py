@@ -52,7 +52,8 @@ def momentum_ascent(decay: float = 0.9) -> Ascent:
 def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
     """Friendly SAM's direction: v = d/‖d‖ with d = g − σ m, m the running mean of the gradients before this one.
 
-    m ← λ m + (1−λ) g. Taking out the running mean leaves the noise of the batch. In the first step d = g.
+    m ← λ m + (1−λ) g, and m = g after the first gradient that is not zero. Taking out the running mean leaves the
+    noise of the batch. In the first step d = g.
 
     Args:
       sigma: σ ≥ 0. σ = 0 is :func:`gradient_ascent`.
@@ -66,12 +67,12 @@ def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
       >>> ascent = crsam_jax.friendly_ascent(sigma=1.0, decay=0.5)
       >>> _, state = ascent.apply(jnp.array([2.0, 0.0]), ascent.init(jnp.zeros(2)), None)
       >>> direction, _ = ascent.apply(jnp.array([1.0, 3.0]), state, None)
-      >>> print(direction)  # [1, 3] − [1, 0]
-      [0. 1.]
+      >>> print(direction * 10**0.5)  # [1, 3] − [2, 0]
+      [-1.  3.]
 
     References:
-      Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024, arXiv 2403.12350, algorithm 1. Some known
-      codes let m follow d instead of g.
+      Li et al., "Friendly Sharpness-Aware Minimization", CVPR 2024, arXiv 2403.12350, algorithm 1, with the start
+      m = g of the authors' code.
     """
     check_number("sigma", sigma)
     check_number("decay", decay, below=1)
@@ -79,7 +80,12 @@ def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
         difference = trees.wide_map(lambda g, m: g - sigma * m, grads, state)
-        return trees.unit(difference), _updated(state, lambda m, g: decay * m + (1 - decay) * g, grads)
+        is_first = trees.norm(state) == 0
+
+        def mean(m: jax.Array, g: jax.Array) -> jax.Array:
+            return jnp.where(is_first, g, decay * m + (1 - decay) * g)
+
+        return trees.unit(difference), _updated(state, mean, grads)
 
     return Ascent(_zeros, apply)
 

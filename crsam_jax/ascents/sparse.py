@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from crsam_jax.ascents.ascent import Ascent
 from crsam_jax.ascents.noisy import step_key, uniform_like
 from crsam_jax.step import trees
-from crsam_jax.step.checks import check_number, check_seed
+from crsam_jax.step.checks import check_number, check_seed, kind_of
 from crsam_jax.step.types import GradientFn
 
 
@@ -70,9 +71,10 @@ def sparse_ascent(mask: Any) -> Ascent:
       Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach", NeurIPS 2022,
       arXiv 2210.05177, algorithm 1. The paper refreshes the mask of SSAM-F every few epochs: build the ascent anew.
     """
-    for leaf in jax.tree.leaves(mask):
-        if jnp.result_type(leaf) != jnp.bool_:
-            raise TypeError(f"mask must have bool arrays at its leaves, found {jnp.result_type(leaf)}.")
+    for path, leaf in jax.tree_util.tree_leaves_with_path(mask):
+        if not hasattr(leaf, "dtype") or leaf.dtype != jnp.bool_:
+            where = jax.tree_util.keystr(path) or "the root"
+            raise TypeError(f"mask must have bool arrays at its leaves, found {kind_of(leaf)} at {where}.")
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
@@ -145,7 +147,7 @@ def dynamic_sparse_ascent(
 def _exchanged(mask: Any, grads: Any, growth: Any, share: jax.Array) -> Any:
     """The mask with ``share`` of its elements, those of smallest |g|, replaced by as many of the largest ``growth``."""
     leaves, structure = jax.tree.flatten(mask)
-    kept = _flatten(leaves)
+    kept = _flatten(leaves, bool)
     number = jnp.floor(share * jnp.sum(kept)).astype(jnp.int32)
     size = jnp.abs(_flatten(jax.tree.leaves(grads)))
     dropped = _rank(jnp.where(kept, size, jnp.inf)) < jnp.minimum(number, jnp.sum(~kept))
@@ -166,9 +168,9 @@ def _masked(direction: Any, mask: Any) -> Any:
     return jax.tree.map(lambda v, kept: jnp.where(kept, v, 0), direction, mask)
 
 
-def _flatten(leaves: list[jax.Array]) -> jax.Array:
+def _flatten(leaves: list[jax.Array], dtype: DTypeLike = jnp.float32) -> jax.Array:
     if not leaves:
-        return jnp.zeros(0)
+        return jnp.zeros(0, dtype)
     return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
 
 

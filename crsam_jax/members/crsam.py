@@ -171,7 +171,7 @@ class GradientFn(NamedTuple):
     step: Callable[..., tuple[Params, SharpnessAwareState]]
     draws: bool
 
-    def __call__(self, params: Params, grads: Params = None, **kwargs: Any) -> tuple[Params, Any]:
+    def __call__(self, params: Params, grads: Params = None, *args: Any, **kwargs: Any) -> tuple[Params, Any]:
         """The gradient at params and the diagnostics of this call, whose counts are 0 or 1.
 
         Raises:
@@ -184,7 +184,7 @@ class GradientFn(NamedTuple):
                 "each time. Keep the state: state = gradient_fn.init(params), then gradient, state = "
                 "gradient_fn.step(params, grads, state, ...)."
             )
-        gradient, state = self.step(params, grads, state, **kwargs)
+        gradient, state = self.step(params, grads, state, *args, **kwargs)
         return gradient, state.diagnostics
 
 
@@ -251,8 +251,9 @@ def crsam_gradient(
     method = Method.of(rule, rho, ascent, mask, execution)
 
     def step(
-        params: Params, grads: Params, state: SharpnessAwareState, *, loss: Any = None, **kwargs: Any
+        params: Params, grads: Params, state: SharpnessAwareState, *args: Any, loss: Any = None, **kwargs: Any
     ) -> tuple[Params, SharpnessAwareState]:
+        bind.refuse_positional(args)
         bound, loss = bind(kwargs), checked_loss(loss)
         if grads is None:
             if method.execution.axis_name is not None:

@@ -20,7 +20,7 @@ import optax
 
 from crsam_jax.ascents.ascent import broadcast_mask, masked
 from crsam_jax.step import trees
-from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_params, value_at
+from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_leaves, check_params, is_hidden, value_at
 from crsam_jax.step.diagnostics import accumulated, initial
 from crsam_jax.step.fallbacks import are_valid
 from crsam_jax.step.types import Mask, Params, Scalar, ScalarOrSchedule
@@ -33,7 +33,7 @@ class OneEvaluationDiagnostics(NamedTuple):
       grad_norm: ‖∇L(w̃)‖ over the whole tree.
       slope: ⟨v, ∇L(w̃)⟩, of the loss along the perturbation: positive where it goes uphill. 0 if there was none.
       guarded_steps: after how many gradients so far there was no perturbation to be had: the gradient was not finite,
-        m zero or too large, or ρ negative or not finite.
+        m zero or too large, ρ negative or not finite, or the updates overflow.
     """
 
     grad_norm: jax.Array
@@ -103,7 +103,7 @@ def eval_params(opt_state: Any, params: Params) -> Params:
     if not found:
         raise ValueError("opt_state holds no state of msam or s2sam, so params are not shifted.")
     for state in found:
-        params = _without(params, _perturbation(state))
+        params = _without(params, _perturbation(state.memory, state.shift))
     return params
 
 
@@ -129,6 +129,7 @@ def shifted(
     base = optax.with_extra_args_support(base_optimizer)
 
     def init(params: Params) -> OneEvaluationState:
+        check_leaves(_shown(params))
         dtype = trees.wide_dtype(params)
         memory_dtype = None if decay is None else dtype
         return OneEvaluationState(
@@ -145,7 +146,7 @@ def shifted(
         _check(name, updates, params)
         grad_norm = trees.scaled_norm(updates)
         is_finite = jnp.isfinite(grad_norm.length)
-        before = _perturbation(state)
+        before = _perturbation(state.memory, state.shift)
 
         w, old, zeros = _without(params, before), state.base_optimizer_state, jax.tree.map(jnp.zeros_like, updates)
         step, base_state = base.update(trees.select(is_finite, updates, zeros), old, w, **extra_args)
@@ -156,18 +157,29 @@ def shifted(
         length = trees.scaled_norm(memory)
         radius = value_at(rho, count, state.shift.rho.dtype)
         is_usable = is_finite & length.is_usable & are_valid({"rho": radius})
-        seen = OneEvaluationDiagnostics(grad_norm.value, trees.dot(_direction(state), updates), ~is_usable)
+        shift = _shift(length, jnp.where(is_usable, radius, 0), sign)
+        result, is_whole = _moved(step, _perturbation(memory, shift), before, updates)
+        is_shifted = is_usable & is_whole
+        slope = trees.dot(_direction(state.memory, state.shift), updates)
+        seen = OneEvaluationDiagnostics(grad_norm.value, slope, ~is_shifted)
         new_state = OneEvaluationState(
             count=count,
             memory=trees.select(is_finite & jnp.isfinite(length.length), memory, state.memory),
-            shift=_shift(length, jnp.where(is_usable, radius, 0), sign),
+            shift=trees.select(is_shifted, shift, jax.tree.map(jnp.zeros_like, shift)),
             diagnostics=accumulated(state.diagnostics, seen),
             base_optimizer_state=base_state,
         )
-        moved = trees.wide_map(lambda u, e, e_before: u + (e - e_before), step, _perturbation(new_state), before)
-        return trees.cast_like(moved, updates), new_state
+        return result, new_state
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _moved(step: Params, e: Params, before: Params, like: Params) -> tuple[Params, jax.Array]:
+    """The updates to the next shifted params, or to those without a shift if they overflow; and whether they do not."""
+    moved = trees.cast_like(trees.wide_map(lambda u, e, before: u + (e - before), step, e, before), like)
+    undone = trees.cast_like(trees.wide_map(jnp.subtract, step, before), like)
+    is_whole = trees.all_finite(moved)
+    return trees.select(is_whole, moved, undone), is_whole
 
 
 def _inside(mask: Mask | None, grads: Params, params: Params) -> Params:
@@ -187,32 +199,34 @@ def _shift(length: trees.ScaledNorm, rho: jax.Array, sign: float) -> Shift:
     return Shift(rho, jnp.where(rho == 0, 0, scale), jnp.where(rho == 0, 0, sign * factor))
 
 
-def _direction(state: OneEvaluationState) -> Params:
+def _direction(memory: Params, shift: Shift) -> Params:
     """V, of length 1 or 0, in at least float32."""
-    return trees.scaled_by(state.memory, state.shift.scale, state.shift.factor)
+    return trees.scaled_by(memory, shift.scale, shift.factor)
 
 
-def _perturbation(state: OneEvaluationState) -> Params:
-    return jax.tree.map(lambda v: state.shift.rho.astype(v.dtype) * v, _direction(state))
+def _perturbation(memory: Params, shift: Shift) -> Params:
+    return jax.tree.map(lambda v: shift.rho.astype(v.dtype) * v, _direction(memory, shift))
 
 
 def _without(params: Params, perturbation: Params) -> Params:
     """The params w; what an optimizer around this one has hidden stays as it is."""
 
     def subtract(e: Any, shifted: Any) -> Any:
-        if isinstance(e, optax.MaskedNode):
+        if is_hidden(e):
             return shifted
         return (trees.widen(shifted) - e).astype(jnp.result_type(shifted))
 
-    return jax.tree.map(subtract, perturbation, params, is_leaf=lambda node: isinstance(node, optax.MaskedNode))
+    return jax.tree.map(subtract, perturbation, params, is_leaf=is_hidden)
 
 
 def _check(name: str, grads: Params, params: Params) -> None:
     if params is None:
         raise ValueError(f"params is None, but {name} moves them: call update(grads, state, params).")
 
-    def is_hidden(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    check_params(jax.tree.map(lambda leaf: None if is_hidden(leaf) else leaf, params, is_leaf=is_hidden))
+    check_params(_shown(params))
     check_gradient(grads, params)
+
+
+def _shown(params: Params) -> Params:
+    """The params without what an optimizer around this one has hidden."""
+    return jax.tree.map(lambda leaf: None if is_hidden(leaf) else leaf, params, is_leaf=is_hidden)

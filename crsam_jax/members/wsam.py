@@ -12,6 +12,7 @@ from crsam_jax.step import trees
 from crsam_jax.step.axes import synced
 from crsam_jax.step.checks import check_hyperparameter, value_at
 from crsam_jax.step.execution import Execution, checked_execution
+from crsam_jax.step.fallbacks import are_valid
 from crsam_jax.step.rule import Outcome, Step
 from crsam_jax.step.sides import one_sided
 from crsam_jax.step.transformation import SharpnessAwareState, sharpness_aware
@@ -102,7 +103,8 @@ def decoupled_wsam(
 
     The sharpness term sees neither momentum nor preconditioning, clipping or weight decay. This is a whole
     optimizer, not a stage before one: it returns updates to add to params. With plain SGD of the same learning rate
-    it equals :func:`crsam_jax.wsam` in front of it. Where the probe fails, the sharpness term is left out.
+    it equals :func:`crsam_jax.wsam` in front of it. Where the probe fails, a schedule leaves its range (γ reaches 1,
+    η is negative), or the sum overflows, the sharpness term is left out and the step counted in ``guarded_steps``.
 
     Args:
       loss_fn: ``loss_fn(params, **kwargs) -> loss``, see :func:`crsam_jax.crsam`.
@@ -151,14 +153,23 @@ def decoupled_wsam(
         if local_axis is not None:  # g⁺ is averaged now, g not yet
             updates = synced(updates, local_axis)
         base_updates, base_state = base.update(updates, state.base, params, **extra_args)
-        share = value_at(gamma, count, dtype)
-        weight = value_at(learning_rate, count, dtype) * share / (1 - share)
-        is_finite = trees.all_finite(g_plus)
+        share, rate = value_at(gamma, count, dtype), value_at(learning_rate, count, dtype)
+        is_valid = are_valid({"learning_rate": rate, "gamma": share}) & (share < 1)
+        weight = rate * share / jnp.where(is_valid, 1 - share, 1)
 
         def combine(update: jax.Array, g: jax.Array, g_plus: jax.Array) -> jax.Array:
-            return update - jnp.where(is_finite, weight * (g_plus - g), 0)
+            return update - jnp.where(is_valid, weight * (g_plus - g), 0)
 
-        combined = trees.wide_map(combine, base_updates, updates, g_plus)
-        return trees.cast_like(combined, base_updates), DecoupledWsamState(sharpness, base_state)
+        combined = trees.cast_like(trees.wide_map(combine, base_updates, updates, g_plus), base_updates)
+        is_whole = is_valid & trees.all_finite(combined)
+        result = trees.select(is_whole, combined, base_updates)
+        return result, DecoupledWsamState(_counted(sharpness, state.sharpness, ~is_whole), base_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _counted(now: SharpnessAwareState, before: SharpnessAwareState, is_left_out: jax.Array) -> SharpnessAwareState:
+    """The state with this step counted as guarded, once, if the sharpness term was left out."""
+    steps = before.diagnostics.guarded_steps + is_left_out
+    steps = jnp.maximum(now.diagnostics.guarded_steps, steps)
+    return now._replace(diagnostics=now.diagnostics._replace(guarded_steps=steps))

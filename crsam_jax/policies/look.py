@@ -46,7 +46,7 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     With r the result of the full step, the direction kept is r_v = r − (⟨g, r⟩/‖g‖²) g; the k − 1 steps after it
     return g + strength · ‖g‖ r_v/‖r_v‖. Norms and dot products run over the whole tree. Costs one vector of the size
     of params. Where r has the direction of g, up to rounding (ρ = 0, or a step that fell back on g), there is nothing
-    to reuse, and the steps after it return g.
+    to reuse, and the steps after it return g. So does a step whose sum overflows.
 
     Args:
       tx: a member of the family; the paper's is :func:`crsam_jax.sam`.
@@ -85,7 +85,8 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     def reuse(state: LookState, grads: Params) -> Params:
         length = trees.scaled_norm(grads)
         moved = trees.wide_map(lambda g, u: g + strength * length.value * u, grads, state.orthogonal)
-        return trees.select(jnp.isfinite(length.length), trees.cast_like(moved, grads), grads)
+        moved = trees.cast_like(moved, grads)
+        return trees.select(trees.all_finite(moved), moved, grads)
 
     def remember(state: LookState, result: Params, grads: Params) -> LookState:
         return state._replace(orthogonal=trees.cast_like(_orthogonal(result, grads), state.orthogonal))

@@ -1,7 +1,7 @@
 """Validation of numbers and trees, with messages that say what to do."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -81,24 +81,34 @@ def check_params(params: Any) -> None:
 
     Raises:
       ValueError: if params is None, or a mask hides part of it.
-      TypeError: if a leaf is complex or integer.
+      TypeError: if a leaf is no array, or complex or integer.
     """
     if params is None:
         raise ValueError("params is None, but the loss is evaluated at params: call update(grads, state, params, ...).")
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_hidden)
-    for path, leaf in leaves:
+    check_leaves(params)
+
+
+def check_leaves(params: Any) -> None:
+    """As :func:`check_params`, where params may be None: an optimizer's ``init`` leaves it to ``update``."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden):
         where = jax.tree_util.keystr(path) or "the root"
-        if _is_hidden(leaf):
+        if is_hidden(leaf):
             raise ValueError(
                 f"params is hidden at {where}: an optax.masked or optax.partition stands around this "
                 "transformation, which cannot evaluate the loss on part of the parameters. Put it first in the "
                 "chain, outside of them; to perturb only part of the parameters, use its argument mask=."
             )
+        if not _is_array(leaf):
+            raise TypeError(
+                f"params has a leaf of type {kind_of(leaf)} at {where}, which is no array. Keep what is no array out "
+                "of params and let loss_fn put it in again; partition an Equinox model first: params, static = "
+                f"eqx.partition(model, eqx.is_inexact_array).{_advice(params)}"
+            )
         dtype = jnp.result_type(leaf)
         if not jnp.issubdtype(dtype, jnp.floating):
             raise TypeError(
                 f"params has dtype {dtype} at {where}; only real floating leaves can be perturbed. Keep other "
-                "leaves out of params and pass them to loss_fn as an argument of its own."
+                f"leaves out of params and pass them to loss_fn as an argument of its own.{_advice(params)}"
             )
 
 
@@ -113,8 +123,8 @@ def check_gradient(grads: Any, params: Any) -> None:
     expected: Any = jax.tree.structure(params)
     if found != expected:
         raise ValueError(
-            "The gradient does not have the tree structure of params: pass the gradient of loss_fn with respect "
-            f"to the same params. Gradient: {found}; params: {expected}."
+            f"The gradient does not have the tree structure of params{_missing_leaf(grads, params)}: pass the gradient "
+            f"of loss_fn with respect to the same params. Gradient: {found}; params: {expected}."
         )
     for (path, grad), param in zip(jax.tree_util.tree_leaves_with_path(grads), jax.tree.leaves(params), strict=True):
         where = jax.tree_util.keystr(path) or "the root"
@@ -127,5 +137,46 @@ def check_gradient(grads: Any, params: Any) -> None:
             raise TypeError(f"The gradient has dtype {jnp.result_type(grad)} at {where}; it must be real and floating.")
 
 
-def _is_hidden(leaf: Any) -> bool:
-    return isinstance(leaf, optax.MaskedNode)
+def is_hidden(node: Any) -> bool:
+    """Whether an optax.masked or optax.partition has put this in the place of a part of the params."""
+    return isinstance(node, optax.MaskedNode)
+
+
+def kind_of(leaf: Any) -> str:
+    """What a leaf is, in a few words: a number by its value, an array by dtype and shape, anything else by its type."""
+    if isinstance(leaf, (bool, int, float, complex)):
+        return repr(leaf)
+    if _is_array(leaf):
+        return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+    return type(leaf).__name__
+
+
+def _is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, traced or not, or a number."""
+    if isinstance(leaf, type):
+        return False
+    return isinstance(leaf, (bool, int, float, complex)) or (hasattr(leaf, "dtype") and hasattr(leaf, "shape"))
+
+
+def _advice(params: Any) -> str:
+    """What to do with an object that may be a model."""
+    if _is_array(params) or isinstance(params, (Mapping, list, tuple)):
+        return ""
+    name = f"{type(params).__module__}.{type(params).__qualname__}"
+    return (
+        f" params is an object of type {name}: if it is a model, pass its parameters alone, from "
+        "nnx.split(model, nnx.Param, ...), variables['params'] of Linen, eqx.partition, or the trainable "
+        "variables of Keras, and let loss_fn apply the model to them."
+    )
+
+
+def _missing_leaf(grads: Any, params: Any) -> str:
+    """Where the gradient is None and params has an array, which optax takes for an update to leave out."""
+    arrays = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
+    for path, grad in jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is None):
+        if grad is None and path in arrays:
+            return (
+                f" (it is None at {jax.tree_util.keystr(path) or 'the root'}, where params has an array: for a leaf "
+                "that is not trained pass zeros, or give params without it; mask= says what is not perturbed)"
+            )
+    return ""

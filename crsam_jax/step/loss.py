@@ -2,16 +2,23 @@
 
 import difflib
 import inspect
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
+from crsam_jax.step.checks import kind_of
 from crsam_jax.step.types import LossFn
 
 # Arguments that optax's own transformations exchange; they may describe another loss.
 RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
+
+# Likeness of two names, as difflib has it, from which on one is taken for a slip of the other.
+_CLOSE = 0.75
 
 _UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
 
@@ -32,7 +39,7 @@ class LossBinder:
 
     def __init__(self, loss_fn: LossFn, has_aux: bool, call: str = "update(grads, state, params, {})"):
         if not callable(loss_fn):
-            raise TypeError(f"loss_fn must be callable, got {loss_fn!r} of type {type(loss_fn).__name__}.")
+            raise TypeError(_not_callable_message(loss_fn))
         if not isinstance(has_aux, bool):
             raise TypeError(f"has_aux must be True or False, got {has_aux!r}.")
         self._loss_fn = loss_fn
@@ -70,6 +77,20 @@ class LossBinder:
 
         return loss
 
+    def refuse_positional(self, args: tuple[Any, ...]) -> None:
+        """Raises if the caller gave arguments of ``loss_fn`` by position.
+
+        Raises:
+          TypeError: naming them, if there are any.
+        """
+        if not args:
+            return
+        names = self._required or self._optional or ["batch"]
+        raise TypeError(
+            f"{len(args)} argument(s) too many by position. The arguments of loss_fn {_describe(self._loss_fn)} are "
+            f"passed by name: {self._call.format(', '.join(f'{name}=...' for name in names))}."
+        )
+
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """Returns those of ``given`` that ``loss_fn`` takes, by name.
 
@@ -79,11 +100,26 @@ class LossBinder:
         missing = [name for name in self._required if name not in given]
         if missing:
             raise TypeError(_missing_message(self._loss_fn, missing, given, self._call))
+        self._warn_of_close_names(given)
         if self._takes_all:
             names = [n for n in given if n not in RESERVED_NAMES or n in self._required + self._optional]
         else:
             names = [n for n in self._required + self._optional if n in given]
         return {name: given[name] for name in names}
+
+    def _warn_of_close_names(self, given: Mapping[str, Any]) -> None:
+        """Warns of an argument that is dropped though it looks like one that ``loss_fn`` would have taken."""
+        if self._takes_all:
+            return
+        left_out = [name for name in self._optional if name not in given]
+        for name in given.keys() - RESERVED_NAMES - {*self._required, *self._optional}:
+            for close in difflib.get_close_matches(name, left_out, n=1, cutoff=_CLOSE):
+                warnings.warn(
+                    f"loss_fn {_describe(self._loss_fn)} has no argument {name!r}, and does not get it. Did you mean "
+                    f"{close!r}, which has its default now?",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
 
 def checked_loss(loss: Any) -> jax.Array | None:
@@ -133,12 +169,32 @@ def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
     return required, optional, takes_all
 
 
+def _not_callable_message(loss_fn: Any) -> str:
+    if isinstance(loss_fn, optax.GradientTransformation):
+        return (
+            "loss_fn must be callable, got an optimizer. These transformations do not wrap one but stand before it: "
+            "optax.chain(sam(loss_fn), optax.sgd(0.1))."
+        )
+    hint = ""
+    if isinstance(loss_fn, (jax.Array, np.ndarray, float)):
+        hint = (
+            " Under optax.inject_hyperparams a function is called as a schedule, unless it is named as static: "
+            "optax.inject_hyperparams(crsam, static_args='loss_fn')(loss_fn, ...)."
+        )
+    return f"loss_fn must be callable, got {kind_of(loss_fn)}.{hint}"
+
+
 def _missing_message(loss_fn: LossFn, missing: list[str], given: Mapping[str, Any], call: str) -> str:
     message = (
         f"loss_fn {_describe(loss_fn)} needs {_quoted(missing)}, which was not given "
         f"(given: {_quoted(given) or 'no extra arguments'}). "
         f"Pass them by name: {call.format(', '.join(f'{n}=...' for n in missing))}."
     )
+    if not given:
+        message += (
+            " Flax's TrainState.apply_gradients hands none on: call state.tx.update(...) with them and then "
+            "state.replace(...) instead."
+        )
     for name in missing:
         close = difflib.get_close_matches(name, given)
         if close:

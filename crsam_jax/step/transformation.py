@@ -10,7 +10,7 @@ import optax
 from crsam_jax.ascents.ascent import GRADIENT_ASCENT, Ascent, checked_ascent, masked_ascent
 from crsam_jax.step import fallbacks, trees
 from crsam_jax.step.axes import synced, varying
-from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_params, value_at
+from crsam_jax.step.checks import check_gradient, check_hyperparameter, check_leaves, check_params, value_at
 from crsam_jax.step.diagnostics import Diagnostics, accumulated, initial
 from crsam_jax.step.evaluation import evaluate, loss_at, perturb
 from crsam_jax.step.execution import Execution, checked_execution
@@ -62,6 +62,7 @@ class Method:
 
     def init(self, params: Params) -> SharpnessAwareState:
         """The state before the first step."""
+        check_leaves(params)
         return SharpnessAwareState(
             count=jnp.zeros((), jnp.int32),
             ascent=self.ascent.init(params),
@@ -210,8 +211,14 @@ def sharpness_aware(
     bind = LossBinder(loss_fn, has_aux)
 
     def update(
-        updates: Params, state: SharpnessAwareState, params: Params = None, *, loss: Any = None, **extra_args: Any
+        updates: Params,
+        state: SharpnessAwareState,
+        params: Params = None,
+        *args: Any,
+        loss: Any = None,
+        **extra_args: Any,
     ) -> tuple[Params, SharpnessAwareState]:
+        bind.refuse_positional(args)
         return method.gradient(bind(extra_args), updates, state, params, checked_loss(loss))
 
     return optax.GradientTransformationExtraArgs(method.init, update)

@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments.data.source import find_builder
+from experiments.data.source import find_builder, undamaged
 
 NUM_CLASSES = 1000
 TRAINING_EXAMPLES = 1_281_167
@@ -186,7 +186,8 @@ def _source(name: str, split: str, data_dir: str | Path | None) -> Any:
     import tensorflow_datasets as tfds
 
     builder = find_builder(name, data_dir)
-    return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+    with undamaged(name, data_dir):
+        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
 
 def _decode(data: bytes) -> Image.Image:

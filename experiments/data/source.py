@@ -1,8 +1,14 @@
 """Prepared TFDS data sets as random-access sources, without TensorFlow."""
 
+import contextlib
 import os
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from experiments.interruptions import held_back
+
+T = TypeVar("T")
 
 PROJECT_ROOT = Path(__file__).parents[2]
 
@@ -34,13 +40,14 @@ def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
 
     Raises:
       FileNotFoundError: saying what to run, or where to put the data, if it is not there.
-      ValueError: if it is there in a format without random access.
+      ValueError: if it is there in a format without random access, or damaged.
     """
     import tensorflow_datasets as tfds
 
     folder = find_data_dir(data_dir)
-    builder = tfds.builder(name, data_dir=folder)
-    command = f"tfds build {name} --data_dir={folder} --file_format=array_record"
+    with undamaged(name, data_dir):
+        builder = tfds.builder(name, data_dir=folder)
+    command = _command(name, folder)
     if not builder.is_prepared():
         by_hand = _BY_HAND.get(name.partition("/")[0])
         raise FileNotFoundError(
@@ -55,3 +62,40 @@ def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
             f"  {command}"
         )
     return builder
+
+
+@contextlib.contextmanager
+def undamaged(name: str, data_dir: str | Path | None = None) -> Iterator[None]:
+    """Around what reads a data set: the libraries raise many kinds of errors where a file is damaged or cut off.
+
+    Raises:
+      ValueError: for any of them, with the data set, and what to do.
+    """
+    try:
+        yield
+    except (FileNotFoundError, ImportError, MemoryError, ValueError):
+        raise
+    except Exception as error:
+        folder = find_data_dir(data_dir)
+        reason = str(error).splitlines()[-1] if str(error) else repr(error)
+        raise ValueError(
+            f"{name} in {folder} is damaged or cut off: {reason} Delete {folder / name} and prepare it again: "
+            f"{_command(name, folder)}"
+        ) from error
+
+
+def read(batches: Iterable[T], name: str, data_dir: str | Path | None = None) -> Iterator[T]:
+    """The batches, with the errors of :func:`undamaged`; worker processes that make them do not hear Ctrl-C."""
+    with undamaged(name, data_dir):
+        with held_back():
+            iterator = iter(batches)
+        while True:
+            with held_back():
+                batch = next(iterator, None)
+            if batch is None:
+                return
+            yield batch
+
+
+def _command(name: str, folder: Path) -> str:
+    return f"tfds build {name} --data_dir={folder} --file_format=array_record"

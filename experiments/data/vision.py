@@ -2,13 +2,14 @@
 
 import hashlib
 import os
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from experiments.data.dataset import Dataset, Split
-from experiments.data.source import find_builder
+from experiments.data.source import find_builder, undamaged
 from experiments.names import unknown
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
@@ -30,18 +31,19 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
       The data set, with ``mean`` and ``std`` measured on the training split.
 
     Raises:
-      ValueError: if there is no such data set.
+      ValueError: if there is no such data set, or its files are damaged.
       FileNotFoundError: saying what to do, if it has not been prepared.
     """
     if name not in NAMES:
         raise unknown("data set", name, NAMES)
     builder = find_builder(name, data_dir)
     cache = _cache_path(builder, cache_dir)
-    if not cache.exists():
-        _write_cache(cache, _decode(builder, "train"), _decode(builder, "test"))
-    with np.load(cache) as arrays:
-        train = Split(arrays["train_images"], arrays["train_labels"])
-        test = Split(arrays["test_images"], arrays["test_labels"])
+    splits = _read_cache(cache)
+    if splits is None:
+        with undamaged(name, data_dir):
+            splits = _decode(builder, "train"), _decode(builder, "test")
+        _write_cache(cache, *splits)
+    train, test = splits
     mean, std = channel_moments(train.images)
     return Dataset(name, train, test, builder.info.features["label"].num_classes, mean, std)
 
@@ -78,6 +80,16 @@ def _cache_path(builder: Any, cache_dir: str | Path | None) -> Path:
     files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in folder.iterdir())
     fingerprint = hashlib.sha256(repr((str(folder.resolve()), files)).encode()).hexdigest()[:12]
     return Path(cache_dir) / f"{builder.name}-{builder.version}-{fingerprint}.npz"
+
+
+def _read_cache(path: Path) -> tuple[Split, Split] | None:
+    """Both splits; None if they are not there, or damaged: then they are decoded again."""
+    try:
+        with np.load(path) as arrays:
+            train = Split(arrays["train_images"], arrays["train_labels"])
+            return train, Split(arrays["test_images"], arrays["test_labels"])
+    except (EOFError, FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
+        return None
 
 
 def _write_cache(path: Path, train: Split, test: Split) -> None:
