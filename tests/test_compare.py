@@ -212,7 +212,7 @@ def test_every_method_takes_a_step_and_counts_its_evaluations():
     params = {"w": jax.numpy.ones((3, 2))}
     loss_fn = lambda params, batch: (jax.numpy.sum(params["w"] ** 4), None)
     for name, method in METHODS.items():
-        recipe = arms.resolve(TINY, name, {}, 0)
+        recipe = arms.resolve(TINY, name, {"late_start": 0.0}, 0)  # the first step is a full one
         tx = optimizers.optimizer(recipe, loss_fn, steps_per_epoch=2)
         grads = jax.grad(loss_fn, has_aux=True)(params, None)[0]
         updates, state = tx.update(grads, tx.init(params), params, batch=0.0)

@@ -135,7 +135,7 @@ def _programs(config: Benchmark) -> list[_Program]:
     programs = [_Program(_gradients(calls), compiled, plain, calls, calls, seconds) for calls in (1, 2, 3)]
     base = optax.identity()
     compared = methods(loss_fn, base) + ([_conditional(loss_fn)] if config.conditional else [])
-    for name, tx, points in track(compared, "compiling", "programs"):
+    for name, tx, points, _ in track(compared, "compiling", "programs"):
         args = (params, model_state, tx.init(params), inputs)
         compiled, seconds = _compiled(make_step(loss_fn, tx), args)
         programs.append(_Program(name, compiled, args, 1, points, seconds))

@@ -14,11 +14,12 @@ STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
 
 
 class Method(NamedTuple):
-    """An optimizer, and at how many points it evaluates the gradient: its floor."""
+    """An optimizer, at how many points it evaluates the gradient: its floor, and whether they share the devices out."""
 
     name: str
     tx: optax.GradientTransformationExtraArgs
     points: int
+    has_probe_axis: bool = False
 
 
 def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]:
@@ -29,6 +30,12 @@ def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]
     }
     chains = [Method(name, optax.chain(member, base), points) for name, (member, points) in members.items()]
     return [Method("optax.contrib.sam", optax_sam(loss_fn, base), 2), *chains]
+
+
+def with_probe_axis(loss_fn: LossFn, base: optax.GradientTransformation) -> Method:
+    """CR-SAM whose probes are each evaluated by half of the devices, those at one place of the axis ``"probe"``."""
+    crsam = crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution(probe_axis="probe"), has_aux=True)
+    return Method("crsam, probe axis", optax.chain(crsam, base), 3, True)
 
 
 def optax_sam(loss_fn: LossFn, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:

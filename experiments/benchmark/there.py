@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import optax
 
-from experiments.benchmark.methods import Method, make_step, methods
+from experiments.benchmark.methods import Method, make_step, methods, with_probe_axis
 from experiments.benchmark.problem import LossFn, batch, initial, make_loss
 from experiments.configs import Benchmark
 from experiments.progress import track
@@ -46,6 +46,8 @@ class Cost(NamedTuple):
     collectives: str
     compile_seconds: float
     """With tracing and lowering."""
+    flops: float
+    """Floating-point operations of each device."""
 
 
 def costs(config: Benchmark) -> list[Cost]:
@@ -54,6 +56,8 @@ def costs(config: Benchmark) -> list[Cost]:
     loss_fn = make_loss(config)
     base = optax.sgd(0.1, momentum=0.9)
     compared = [Method("SGD", optax.with_extra_args_support(base), 1), *methods(loss_fn, base)]
+    if config.devices % 2 == 0:
+        compared.append(with_probe_axis(loss_fn, base))
     plans = [_planned(config, target, loss_fn, method) for method in track(compared, "compiling", "programs")]
     leaves = len(jax.tree.leaves(jax.eval_shape(lambda: initial(config))[0]))
     return [
@@ -73,6 +77,7 @@ def costs(config: Benchmark) -> list[Cost]:
             plan.temporary_bytes,
             plan.collectives,
             plan.seconds,
+            plan.flops,
         )
         for method, plan in zip(compared, plans, strict=True)
     ]
@@ -83,8 +88,8 @@ def table(rows: Sequence[Cost]) -> str:
     first = rows[0]
     in_millions = first.unit == "cycles"
     titles = (
-        "program", "cycles M" if in_millions else "launches", "÷ SGD", "÷ floor", "temporaries MB", "collectives",
-        "compile s",
+        "program", "cycles M" if in_millions else "launches", "÷ SGD", "÷ floor", "GFLOP a device", "temporaries MB",
+        "collectives", "compile s",
     )  # fmt: skip
     cells = [
         (
@@ -92,6 +97,7 @@ def table(rows: Sequence[Cost]) -> str:
             f"{row.cost / 1e6:.2f}" if in_millions else f"{row.cost:,}",
             f"{row.over_sgd:.2f}",
             f"{row.over_floor:.2f}",
+            f"{row.flops / 1e9:,.1f}",
             f"{row.temporary_bytes / 1e6:,.0f}",
             row.collectives or "–",
             f"{row.compile_seconds:.1f}",
@@ -108,15 +114,18 @@ class _Plan(NamedTuple):
     temporary_bytes: int
     collectives: str
     seconds: float
+    flops: float
 
 
 def _planned(config: Benchmark, target: Target, loss_fn: LossFn, method: Method) -> _Plan:
+    target = target.with_probe_axis() if method.has_probe_axis else target
     params, model_state = jax.eval_shape(lambda: initial(config))
     state = target.placed((params, model_state, jax.eval_shape(method.tx.init, params)))
-    inputs = target.placed(jax.eval_shape(lambda: batch(config)), "data")
+    inputs = target.placed(jax.eval_shape(lambda: batch(config)), target.mesh.axis_names)
     start = time.perf_counter()
     step = jax.jit(_training_step(loss_fn, method), donate_argnums=(0, 1, 2), out_shardings=target.everywhere)
-    compiled = target.compile(step.lower(*state, inputs))
+    with jax.set_mesh(target.mesh):
+        compiled = target.compile(step.lower(*state, inputs))
     seconds = time.perf_counter() - start
     counts = count(compiled.as_text())
     return _Plan(
@@ -124,6 +133,7 @@ def _planned(config: Benchmark, target: Target, loss_fn: LossFn, method: Method)
         compiled.memory_analysis().temp_size_in_bytes,
         ", ".join(f"{number} {name}" for name, number in counts.collectives.items()),
         seconds,
+        (compiled.cost_analysis() or {}).get("flops", float("nan")),
     )
 
 

@@ -40,7 +40,7 @@ class Target(NamedTuple):
 
     Attributes:
       name: what :func:`find` knows it by.
-      mesh: over the devices, one axis, ``"data"``.
+      mesh: over the devices, one axis, ``"data"``, or two.
       compiler_options: that a compilation without the device needs.
       memory: bytes of a device; None for TPUs, whose compiler itself refuses what does not fit.
     """
@@ -60,10 +60,15 @@ class Target(NamedTuple):
         """The sharding of arrays that are on every device."""
         return NamedSharding(self.mesh, PartitionSpec())
 
-    def placed(self, tree: Any, *axes: str) -> Any:
+    def placed(self, tree: Any, *axes: str | tuple[str, ...]) -> Any:
         """Shapes on the mesh: on every device, or divided among them along the first dimensions."""
         sharding = NamedSharding(self.mesh, PartitionSpec(*axes))
         return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+
+    def with_probe_axis(self) -> "Target":
+        """The same devices on a mesh with an axis of two, ``"probe"``, beside ``"data"``."""
+        pairs = self.mesh.devices.reshape(-1, 2)
+        return self._replace(mesh=Mesh(pairs, ("data", "probe"), axis_types=(AxisType.Auto,) * 2))
 
     def compile(self, lowered: Any) -> Any:
         """The compiled program, which cannot be run here."""
