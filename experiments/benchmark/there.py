@@ -5,6 +5,7 @@ their number; a TPU's compiler estimates cycles. The floor is as many steps of S
 three for CR-SAM. SGD has momentum, and params, model and optimizer state are donated.
 """
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
@@ -47,7 +48,7 @@ class Cost(NamedTuple):
     compile_seconds: float
     """With tracing and lowering."""
     flops: float
-    """Floating-point operations of each device."""
+    """Floating-point operations of each device; NaN where the compiler does not say, as that for GPUs."""
 
 
 def costs(config: Benchmark) -> list[Cost]:
@@ -97,7 +98,7 @@ def table(rows: Sequence[Cost]) -> str:
             f"{row.cost / 1e6:.2f}" if in_millions else f"{row.cost:,}",
             f"{row.over_sgd:.2f}",
             f"{row.over_floor:.2f}",
-            f"{row.flops / 1e9:,.1f}",
+            "–" if math.isnan(row.flops) else f"{row.flops / 1e9:,.1f}",
             f"{row.temporary_bytes / 1e6:,.0f}",
             row.collectives or "–",
             f"{row.compile_seconds:.1f}",
