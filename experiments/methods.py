@@ -21,22 +21,24 @@ class Method(NamedTuple):
     Attributes:
       label: its name in tables and plots.
       family: whose settings it takes, where it has none of its own.
-      evaluations: of the loss's gradient in a full step.
+      evaluations: of the loss's gradient on a batch in a full step.
       build: from the loss, the recipe, the base optimizer, its schedule and the number of steps to the whole optimizer.
       tunes: what a search looks for, beside the learning rate.
       is_shifted: whether the params in training are perturbed ones; see ``crsam_jax.eval_params``.
+      part: the ascent, and with it the loss that is logged, is that of every ``part``-th example of a batch.
     """
 
     label: str
     family: Literal["base", "sam", "crsam"]
-    evaluations: int
+    evaluations: float
     build: Callable[[LossFn, Recipe, optax.GradientTransformation, optax.Schedule, int], optax.GradientTransformation]
     tunes: tuple[str, ...]
     is_shifted: bool = False
+    part: int = 1
 
 
 def _first(
-    label: str, evaluations: int, stage: Callable[[LossFn, Recipe], optax.GradientTransformation], tunes: str = ""
+    label: str, evaluations: float, stage: Callable[[LossFn, Recipe], optax.GradientTransformation], tunes: str = ""
 ) -> Method:
     """A one-sided method that is one stage before the base optimizer."""
     build = lambda loss_fn, recipe, base, schedule, steps: optax.chain(stage(loss_fn, recipe), base)
@@ -94,6 +96,7 @@ METHODS: dict[str, Method] = {
     "sam-every-2": _first("SAM every 2nd step", 2, lambda f, r: cj.periodic(_sam(f, r), 2)),
     "look-sam": _first("LookSAM, k = 5", 2, lambda f, r: cj.look(_sam(f, r), 5)),
     "ae-sam": _first("AE-SAM's policy", 2, lambda f, r: cj.adaptive_policy(_sam(f, r))),
+    "sam-quarter": _first("SAM, ascent on a quarter", 1.25, lambda f, r: _sam(f, r, ascent_only=True))._replace(part=4),
     "sam-late": _late(_first("SAM", 2, _sam), _sam),
     "msam": Method(
         "MSAM", "sam", 1, lambda f, r, base, schedule, steps: cj.msam(base, r.msam.rho, r.momentum), ("msam.rho",), True

@@ -48,7 +48,8 @@ class State(NamedTuple):
       average: of params and model state over the steps, if the recipe has an ``ema``, else None.
       loss: of the last step's batch, before the step.
       loss_sum: of the epoch so far, one loss a step.
-      correct: training examples classified rightly in the epoch so far, at the weights of their step.
+      correct: training examples classified rightly in the epoch so far, at the weights of their step; of a method that
+        sees a part of each batch first, so many times those of the parts.
       bad_step: the first step whose loss was not finite, or −1.
     """
 
@@ -109,6 +110,8 @@ def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     alike = dataclasses.replace(alike, seed=0, label_noise=0.0, per_method={})
     program = _program(json.dumps(dataclasses.asdict(alike)), signature, mesh)
     optimizer(recipe, program.loss_fn, signature.steps_per_epoch)  # checks the numbers, which are traced in the step
+    if recipe.batch_size % (mesh.size * recipe.accumulate * method_of(recipe).part):
+        raise ValueError(f"{recipe.method} takes a part of each batch, and {recipe.batch_size} cannot be so divided.")
     if recipe.ema is not None and not 0 <= recipe.ema < 1:
         raise ValueError(f"ema must be in [0, 1), got {recipe.ema:g}.")
     init = partial(program.init, numbers={name: jnp.asarray(value, jnp.float32) for name, value in numbers.items()})
@@ -121,6 +124,8 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
     everywhere = NamedSharding(mesh, P())
     network = make_network(recipe, signature, groups=mesh.size if recipe.batch_norm == "device" else 1)
     on_device = "none" if recipe.dataset == "imagenet2012" else recipe.augmentation  # ImageNet's is the pipeline's
+
+    part = method_of(recipe).part
 
     def optimizer_of(numbers: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
         return optimizer(changed(recipe, numbers), network.loss_fn, signature.steps_per_epoch)
@@ -146,7 +151,9 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         # The model's other state is that before the clean pass for all evaluations of a step.
         inputs = {"model_state": state.model_state, "images": images, "labels": labels}
         grad_fn = jax.value_and_grad(network.loss_fn, has_aux=True)
-        (loss, (model_state, correct)), grads = grad_fn(state.params, **inputs)
+        # Of a batch that is divided among devices, every device has its share of the part.
+        ascended = inputs | {"images": images[::part], "labels": labels[::part]}
+        (loss, (model_state, correct)), grads = grad_fn(state.params, **ascended)
         updates, opt_state = optimizer_of(state.numbers).update(
             grads, state.opt_state, state.params, loss=loss, **inputs
         )
@@ -160,7 +167,7 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
             average=_averaged(state, (unshifted(opt_state, params), model_state)),
             loss=loss,
             loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
-            correct=jnp.where(is_first, 0, state.correct) + correct,
+            correct=jnp.where(is_first, 0, state.correct) + part * correct,
             bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step),
         )
 

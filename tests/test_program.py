@@ -5,12 +5,14 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import arms, program, recipes, scale
+from experiments.augment import normalize
 from experiments.configs import Run
 from experiments.inputs import open_inputs
 from experiments.loop import evaluate
@@ -113,3 +115,38 @@ def test_the_probe_is_the_gradient_and_its_curvature():
     curvature = (plus + minus - 2 * loss(state.params)) / 0.05**2
     found = made.probe(state.params, state.model_state, batch)
     assert [float(x) for x in found] == pytest.approx([float(norm), float(curvature)], rel=0.01)
+
+
+def test_the_average_of_a_shifted_method_is_of_the_weights_without_the_shift():
+    recipe = dataclasses.replace(RECIPE, method="msam", ema=0.8, per_method={})
+    found, (_, made) = states(recipe), opened(recipe)
+    weights = [made.weights(jax.tree.map(jnp.asarray, state)) for state in found]
+    share = 0.8 ** np.arange(len(found))[::-1]
+    expected = jax.tree.map(lambda *x: np.tensordot(share / share.sum(), np.stack(x), 1), *weights)
+    average, _ = averaged(jax.tree.map(jnp.asarray, found[-1]))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), average, expected)
+    distance = jax.tree.map(lambda a, b: np.sum(np.square(a - b)), weights[-1], found[-1].params)
+    assert np.sqrt(sum(jax.tree.leaves(distance))) == pytest.approx(recipe.msam.rho, rel=1e-4)
+
+
+def test_the_ascent_on_a_quarter_is_that_of_every_fourth_example():
+    recipe = arms.resolve(RECIPE, "sam-quarter", {}, 0)
+    inputs, made = opened(recipe)
+    state = made.init(recipe.seed)
+    images, labels, order = inputs.feed(0)
+    signature = inputs.signature
+    batch = normalize(images[order[0]], signature.mean, signature.std), labels[order[0]]
+    gradient = jax.grad(lambda params, *batch: made.loss_fn(params, state.model_state, *batch)[0])
+    ascent = gradient(state.params, *(x[::4] for x in batch))
+    scale = recipe.sam.rho / optax.tree.norm(ascent)
+    expected = gradient(optax.tree.add_scale(state.params, scale, ascent), *batch)
+    expected = optax.tree.add_scale(expected, recipe.weight_decay, state.params)
+    rate = float(made.schedule(0))
+    stepped = jax.tree.map(lambda p, g: np.asarray(p - rate * g), state.params, expected)
+    after = made.step(state, inputs.feed(0)).params
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), after, stepped)
+
+
+def test_a_batch_that_has_no_quarter_is_refused():
+    with pytest.raises(ValueError, match="sam-quarter takes a part"):
+        opened(dataclasses.replace(RECIPE, method="sam-quarter", batch_size=30))
