@@ -27,6 +27,7 @@ Tune = Annotated[configs.Tune, tyro.conf.arg(name="")]
 
 _MANY = configs.Run(checkpoint_seconds=60.0, log_steps=0)  # what fits runs of a minute
 _TRIALS = dataclasses.replace(_MANY, keep=None)
+_ONCE = dataclasses.replace(_TRIALS, evaluate_every=1_000_000, probe_examples=0)  # after the last epoch alone
 
 
 def benchmark(config: BenchmarkSettings = configs.Benchmark()) -> None:  # noqa: B008
@@ -164,6 +165,24 @@ def study(
     study(name, processes, out, trials, seeds)
 
 
+def sensitivity(
+    name: Name, seeds: int = 10, processes: int = 1, out: Path | None = None,
+) -> None:  # fmt: skip
+    """Train CR-SAM over grids of its settings, or go on with it, and draw heat maps of the accuracy.
+
+    Args:
+        name: The recipe, or a file.
+        seeds: Runs of each point.
+        processes: Run so many trainings at once, one core each.
+        out: Folder of the results; results/NAME/sensitivity by default.
+    """
+    from experiments.sensitivity import sensitivity
+
+    title = _title(name)
+    run = dataclasses.replace(_ONCE, out=out or Path("results") / title / "sensitivity")
+    sensitivity(title, find(name), seeds, processes, run)
+
+
 def train_command(default: recipes.Recipe) -> Callable[..., None]:
     """The subcommand train, with a recipe's values as defaults."""
 
@@ -251,6 +270,7 @@ def main() -> int:
             "compare": compare_command(recipe),
             "tune": tune_command(recipe),
             "study": study,
+            "sensitivity": sensitivity,
             "evaluate": evaluate,
             "export": export,
             "list": list_recipes,

@@ -94,6 +94,7 @@ def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> No
         best = front([(s["seconds"], s["test_accuracy"]) for s in points])
         axis.step(*zip(*best, strict=True), where="post", color="#bbbbbb", zorder=0)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
+        style.plain_log_ticks(axis.xaxis)
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
         plt.close(figure)
@@ -111,6 +112,54 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
         if not best or gain > best[-1][1]:
             best.append((cost, gain))
     return best
+
+
+def accuracy_over_flatness(groups: Mapping[str, Sequence[Any]], path: Path) -> None:
+    """Draws every run of a comparison: accuracy over C(w) and over the norm of the gradient, a colour a method."""
+    labels = {"normalized_trace": "C(w) on training images", "grad_norm": "‖∇L‖ on training images"}
+    with plt.rc_context(style.SETTINGS):
+        figure, axes = plt.subplots(1, 2, figsize=(style.WIDTH, 4), sharey=True, layout="constrained")
+        for number, ((arm, rows), look) in enumerate(zip(groups.items(), itertools.cycle(_LOOKS), strict=False)):
+            marker = "os^vDPX*"[number // len(_COLORS) % 8]
+            for axis, field in zip(axes, labels, strict=True):
+                x = [getattr(row, field) for row in rows]
+                accuracy = [row.test_accuracy for row in rows]
+                axis.plot(x, accuracy, marker, color=look["color"], markersize=2.5, alpha=0.6, label=arm)
+        for axis, label in zip(axes, labels.values(), strict=True):
+            axis.set(xlabel=label, xscale="log")
+        axes[0].set_ylabel(_PANELS["test_accuracy"])
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
+
+
+def heat_maps(grids: Sequence[Any], cells: Sequence[Mapping[Any, tuple[float, float]]], seeds: int, path: Path) -> None:
+    """Draws the mean of each point of some grids as a colour, on one scale, with its standard error in figures.
+
+    Args:
+      grids: with a title and two axes each, see :mod:`experiments.sensitivity`.
+      cells: of each grid: from a point to mean and standard deviation.
+      seeds: that they are of.
+      path: of the picture.
+    """
+    means = [mean for grid in cells for mean, _ in grid.values()]
+    scale: dict[str, Any] = {"vmin": min(means), "vmax": max(means), "cmap": "viridis"}
+    with plt.rc_context(style.SETTINGS):
+        figure, axes = plt.subplots(1, len(grids), figsize=(3.2 * len(grids), 3), layout="constrained", squeeze=False)
+        for axis, grid, found in zip(axes[0], grids, cells, strict=True):
+            values = [[found[x, y][0] for x in grid.across.values] for y in grid.up.values]
+            image = axis.imshow(values, origin="lower", aspect="auto", **scale)
+            for (column, x), (row, y) in itertools.product(enumerate(grid.across.values), enumerate(grid.up.values)):
+                mean, deviation = found[x, y]
+                color = "white" if mean < (scale["vmin"] + scale["vmax"]) / 2 else "black"
+                text = f"{mean:.1f}\n±{deviation / np.sqrt(seeds):.1f}"
+                axis.text(column, row, text, ha="center", va="center", fontsize=6, color=color)
+            axis.set_xticks(range(len(grid.across.values)), [f"{x:g}" for x in grid.across.values])
+            axis.set_yticks(range(len(grid.up.values)), [f"{y:g}" for y in grid.up.values])
+            axis.set(title=grid.title, xlabel=grid.across.sign, ylabel=grid.up.sign)
+        figure.colorbar(image, ax=axes[0], label=_PANELS["test_accuracy"])
+        figure.savefig(path, dpi=150)
+        plt.close(figure)
 
 
 def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:

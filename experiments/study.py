@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from experiments import recipes
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
+from experiments.mechanism import mechanism
 from experiments.names import unknown
 from experiments.overrides import find
 from experiments.recipes import Recipe
@@ -89,4 +90,4 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
         once, evaluate_every=longest, probe_examples=500, trace_probes=10, out=folder / "compare"
     )
     arms = Compare(MAIN + SECONDARY, seeds or task.seeds, ("sam", "base"), processes=processes)
-    return compare(name, tuned, arms, {}, last)
+    return mechanism(compare(name, tuned, arms, {}, last))

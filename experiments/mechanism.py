@@ -1,0 +1,57 @@
+"""Does a flat minimum go with accuracy? Rank correlations over the runs and over the methods of a comparison."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from experiments import plots, tables
+from experiments.jobs import Result
+from experiments.tables import markdown
+
+MEASURES = {"normalized_trace": "C(w)", "trace": "trace", "curvature": "vᵀHv", "grad_norm": "‖∇L‖"}
+
+
+def mechanism(folder: Path) -> Path:
+    """Reads runs.csv of a comparison, and writes correlations.csv, correlations.md and mechanism.png beside it.
+
+    Three correlations of accuracy with each measure (Spearman's): of the methods' means; of the runs of one method,
+    the mean over methods; and of both losses' difference, the gap, instead of accuracy, of the methods' means.
+
+    Raises:
+      ValueError: if the folder holds no comparison in which these were measured.
+    """
+    runs = [row for row in tables.read(folder / "runs.csv", Result) if row.normalized_trace is not None]
+    arms = list(dict.fromkeys(row.arm for row in runs))
+    if len(arms) < 3:
+        raise ValueError(f"{folder} holds no comparison of three methods whose Hessian's trace was measured.")
+    groups = [[row for row in runs if row.arm == arm] for arm in arms]
+    rows = [_correlations(field, label, groups) for field, label in MEASURES.items()]
+    tables.write(folder / "correlations.csv", rows)
+    titles = ("measure", "accuracy, over methods", "accuracy, within a method", "gap, over methods")
+    text = markdown(titles, [(row["measure"], *(f"{row[key]:+.2f}" for key in list(row)[1:])) for row in rows])
+    tables.replace(folder / "correlations.md", text)
+    plots.accuracy_over_flatness(dict(zip(arms, groups, strict=True)), folder / "mechanism.png")
+    tables.show(text)
+    return folder
+
+
+def _correlations(field: str, label: str, groups: Sequence[Sequence[Result]]) -> dict[str, Any]:
+    means = [np.mean([getattr(row, field) for row in rows]) for rows in groups]
+    accuracy = [np.mean([row.test_accuracy for row in rows]) for rows in groups]
+    gap = [np.mean([row.test_loss - row.train_loss for row in rows]) for rows in groups]
+    within = [
+        _rank([getattr(row, field) for row in rows], [row.test_accuracy for row in rows])
+        for rows in groups
+        if len(rows) > 2
+    ]
+    return {
+        "measure": label, "over_methods": _rank(means, accuracy),
+        "within_methods": float(np.nanmean(within)) if within else float("nan"), "gap_over_methods": _rank(means, gap),
+    }  # fmt: skip
+
+
+def _rank(x: Sequence[Any], y: Sequence[Any]) -> float:
+    return float(stats.spearmanr(x, y).statistic)
