@@ -33,6 +33,7 @@ OPTIMIZERS = {
     "crsam_probes": partial(crsam_jax.crsam, probes=crsam_jax.random_probes(2)),
     "crsam_masked": lambda loss_fn, rho: crsam_jax.crsam(loss_fn, rho, mask=_some),
     "sam_with_aux": lambda loss_fn, rho: sam(lambda w, **kwargs: (loss_fn(w, **kwargs), 0), rho, has_aux=True),
+    "sam_ascent_only": partial(sam, ascent_only=True),
     "decoupled_wsam": lambda loss_fn, rho: crsam_jax.decoupled_wsam(loss_fn, optax.sgd(0.1), 0.1, rho),
     "msam": lambda loss_fn, rho: crsam_jax.msam(optax.sgd(0.1), rho),
     "s2sam": lambda loss_fn, rho: crsam_jax.s2sam(optax.sgd(0.1), rho),
