@@ -20,7 +20,7 @@ from experiments.restore import read_recipe
 from experiments.scale import start
 
 # What may differ between runs that are drawn together.
-_OWN = {"method", "seed", "sam", "asam", "crsam", "learning_rate", "weight_decay"}
+_OWN = {"method", "seed", "sam", "asam", "crsam", "msam", "s2sam", "late_start", "learning_rate", "weight_decay"}
 
 _FIRST = ("base", "sam", "crsam")
 
