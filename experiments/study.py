@@ -24,6 +24,10 @@ SECONDARY = (
 """They take what was found for base, SAM or CR-SAM."""
 
 
+AGAINST = ("sam", "base", "crsam,crsam.alpha=0,crsam.beta=0")
+"""To the last, SAM at CR-SAM's own settings, a difference is what the penalty does."""
+
+
 class Task(NamedTuple):
     """What is learned.
 
@@ -89,5 +93,5 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
     last = dataclasses.replace(
         once, evaluate_every=longest, probe_examples=500, trace_probes=10, out=folder / "compare"
     )
-    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, ("sam", "base"), processes=processes)
+    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, AGAINST, processes=processes)
     return mechanism(compare(name, tuned, arms, {}, last))
