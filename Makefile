@@ -32,8 +32,8 @@ address:  ## the repository's address, from setup.cfg to where it is needed too
 	url=$$(sed -n 's/^url = *//p' setup.cfg); \
 	sed -i.bak -e '/^repository-code:/d' CITATION.cff && \
 	if [ -n "$$url" ]; then sed -i.bak "s|^license: .*|&\nrepository-code: \"$$url\"|" CITATION.cff; fi; \
-	sed -i.bak "s|repository = \\\\\"[^\\\"]*\\\\\"  # @param|repository = \\\\\"$$url\\\\\"  # @param|" experiments/notebooks/quickstart.ipynb; \
-	rm -f CITATION.cff.bak experiments/notebooks/quickstart.ipynb.bak
+	sed -i.bak "s|repository = \\\\\"[^\\\"]*\\\\\"  # @param|repository = \\\\\"$$url\\\\\"  # @param|" docs/tutorial.ipynb; \
+	rm -f CITATION.cff.bak docs/tutorial.ipynb.bak
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

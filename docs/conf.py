@@ -7,7 +7,7 @@ project = author = "crsam_jax"
 project_copyright = "The crsam_jax authors, Apache-2.0"
 release = version = version_of("crsam_jax")
 
-extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
+extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
 exclude_patterns = ["digits/table.md", "figures/table3.md"]  # written by commands, and shown on pages
 nitpicky = True
 nitpick_ignore_regex = [
@@ -17,6 +17,12 @@ nitpick_ignore_regex = [
 
 myst_enable_extensions = ["deflist", "dollarmath"]
 myst_heading_anchors = 3
+
+nb_execution_mode = "auto"  # the tutorial is stored without outputs, so each build that reads it runs it
+nb_execution_raise_on_error = True
+nb_execution_timeout = 900
+nb_merge_streams = True
+nb_output_stderr = "remove"  # what jax says about devices; an error still ends the build
 
 autodoc_member_order = "bysource"
 autodoc_typehints = "none"  # the docstrings say what is taken, in words

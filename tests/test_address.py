@@ -10,14 +10,14 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FILES = ("setup.cfg", "Makefile", "CITATION.cff", "experiments/notebooks/quickstart.ipynb")
+FILES = ("setup.cfg", "Makefile", "CITATION.cff", "docs/tutorial.ipynb")
 
 
 def addresses(root):
     config = configparser.ConfigParser(interpolation=None)
     config.read(root / "setup.cfg")
     citation = re.search(r'^repository-code: "(.*)"$', (root / "CITATION.cff").read_text(), re.MULTILINE)
-    cells = json.loads((root / "experiments/notebooks/quickstart.ipynb").read_text())["cells"]
+    cells = json.loads((root / "docs/tutorial.ipynb").read_text())["cells"]
     notebook = re.search(r'^repository = "(.*)"  # @param', "".join(cells[1]["source"]), re.MULTILINE)
     return config["metadata"].get("url", ""), citation[1] if citation else "", notebook[1]
 
