@@ -45,7 +45,7 @@ from crsam_jax.step.vectors import Vector
 
 try:
     __version__ = importlib.metadata.version("crsam_jax")
-except importlib.metadata.PackageNotFoundError:  # a source tree that is not installed
+except importlib.metadata.PackageNotFoundError:  # imported from a source tree that is not installed
     __version__ = "unknown"
 
 __all__ = [

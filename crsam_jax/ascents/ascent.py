@@ -141,10 +141,10 @@ def masked(tree: Params, which: Any) -> Params:
 
 
 def checked_ascent(ascent: Ascent | None) -> Ascent:
-    """The ascent, or the gradient's.
+    """The given ascent, or :func:`gradient_ascent` if there is none.
 
     Raises:
-      TypeError: if it is something else.
+      TypeError: if what was given is not an Ascent.
     """
     if ascent is None:
         return GRADIENT_ASCENT

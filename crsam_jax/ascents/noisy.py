@@ -62,7 +62,8 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
     """ESAM's stochastic weight perturbation: v = (g ⊙ m)/(β‖g ⊙ m‖), each element kept with probability β.
 
-    ‖v‖ is 1/β. The draw is new in every step. It saves no work here, where an evaluation covers all params.
+    ‖v‖ is 1/β. Which elements are kept is drawn anew in every step. That saves no work here: an
+    evaluation covers all params.
 
     Args:
       keep: β in (0, 1]. β = 1 is :func:`gradient_ascent`.

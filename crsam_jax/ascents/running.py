@@ -16,7 +16,9 @@ def momentum_ascent(decay: float = 0.9) -> Ascent:
 
     The minus sign is the paper's: it perturbs along the step that momentum takes, as Nesterov's method does. The
     first step has no buffer and is not perturbed. Here b collects the gradients at w that the transformation is
-    fed with; the paper collects those at the perturbed point, and so needs one evaluation a step where this needs two.
+    fed with, so that a step costs two evaluations. The paper collects the gradients at the perturbed point, which
+    costs one: that is :func:`crsam_jax.msam`, the method to take for Momentum-SAM itself. This ascent is for
+    combinations with other methods, ``crsam(loss_fn, ascent=momentum_ascent())`` for one.
 
     Args:
       decay: μ in [0, 1), that of the momentum.
@@ -91,7 +93,7 @@ def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
 
 
 def _updated(state: Any, rule: Any, grads: Any) -> Any:
-    """The next state; a gradient that is not finite leaves it as it is."""
+    """The state after a step; a gradient that is not finite leaves it as it is."""
     new = trees.cast_like(trees.wide_map(rule, state, grads), state)
     return trees.select(trees.all_finite(grads), new, state)
 

@@ -1,7 +1,7 @@
 """Sparse ascents (SSAM): the perturbation of SAM with most of its elements set to zero.
 
 v = (g/‖g‖) ⊙ m with a binary mask m over all elements, not renormalized, so that ‖v‖ ≤ 1. The mask says which
-elements are worth perturbing; it saves no work here, where an evaluation covers all params.
+elements are worth perturbing; it saves no work here: an evaluation covers all params.
 """
 
 from typing import Any, NamedTuple

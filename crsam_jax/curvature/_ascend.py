@@ -29,7 +29,7 @@ def ascend(
     step_size: float | None,
     step: AscentStep = ascent_step,
 ) -> Any:
-    """The offset after ``num_steps`` from ``start``; steps of ρ/num_steps, which stay in the ball, unless told."""
+    """The offset after ``num_steps`` steps from ``start``. The default step size ρ/num_steps keeps it in the ball."""
     step_size = rho / num_steps if step_size is None else step_size
     offset = start
     for _ in range(num_steps):

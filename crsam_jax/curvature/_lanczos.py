@@ -24,7 +24,7 @@ class Krylov(NamedTuple):
 
 
 def lanczos(product: _matfree.Product, start: jax.Array, num_steps: int) -> Krylov:
-    """``num_steps`` of Lanczos with full reorthogonalization; fewer if the Krylov space is exhausted before.
+    """Lanczos with full reorthogonalization for ``num_steps`` steps, or fewer if the Krylov space is exhausted before.
 
     matfree goes on past an exhausted space with directions made of rounding noise, which need not be orthogonal;
     what comes from there is cut off, at the first subdiagonal that is zero up to rounding.

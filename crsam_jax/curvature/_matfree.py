@@ -65,7 +65,7 @@ def _batched(vectors: Sequence[Any], axes: Sequence[Any], *, product: Product) -
 
 
 def _pushed_forward(vectors: Sequence[Any], tangents: Sequence[Any], *, product: Product) -> tuple[Any, Any]:
-    """The product is linear, so its derivative is itself."""
+    """The derivative of the product, which is the product itself, since it is linear."""
     primal = _product_p.bind(vectors[0], product=product)
     if isinstance(tangents[0], ad.Zero):
         return primal, tangents[0]

@@ -39,31 +39,31 @@ class MeanLoss:
         self._example_count = example_count
 
     def value(self, params: Any) -> float:
-        """L(w)."""
+        """The loss L(w)."""
         return float(self.mean(_value, params))
 
     def value_and_grad(self, params: Any) -> tuple[float, Any]:
-        """L(w) and ∇L(w)."""
+        """The loss L(w) and its gradient ∇L(w)."""
         value, gradient = self.mean(_value_and_grad, params)
         return float(value), gradient
 
     def gradient(self, params: Any) -> Any:
-        """∇L(w)."""
+        """The gradient ∇L(w)."""
         return self.value_and_grad(params)[1]
 
     def hvp(self, params: Any, vector: Any) -> Any:
-        """∇²L(w) v, forward over reverse differentiation."""
+        """The product ∇²L(w) v, by forward over reverse differentiation."""
         return self.mean(_hvp, params, vector)
 
     def mean(self, kernel: Callable[..., Any], *args: Any) -> Any:
         """The mean over examples of ``kernel(*args, batch, loss_fn=..., has_aux=...)``, a pytree, in one pass."""
-        if isinstance(self._data, Mapping):  # one batch: nothing to weigh
+        if isinstance(self._data, Mapping):  # one batch needs no weight
             return trees.widen(kernel(*args, dict(self._data), **self._settings))
         total, weights = None, 0.0
         for batch in iterate(self._data):
             weight = count_examples(self._data, batch, self._example_count)
             value = kernel(*args, dict(batch), **self._settings)
-            jax.block_until_ready(total)  # so that no more than two batches are under way
+            jax.block_until_ready(total)  # so that no more than two batches are in memory
             total = _accumulated(total, value, weight)
             weights += weight
         if weights == 0:

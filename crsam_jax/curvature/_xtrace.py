@@ -86,7 +86,7 @@ def _product(a: jax.Array, b: jax.Array) -> Array:
 def _pairs(normals: Array, i: int) -> Array:
     """Orthonormal bases of the planes of normal i and normal j, [j, 2, m]; for j = i the second vector is zero."""
     others = normals
-    for _ in range(2):  # twice is enough
+    for _ in range(2):  # the second time removes what rounding left
         others = others - (others @ normals[i])[:, None] * normals[i]
         lengths = np.linalg.norm(others, axis=1, keepdims=True)
         others = others / np.where(lengths > 0, lengths, 1.0)

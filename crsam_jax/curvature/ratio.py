@@ -27,9 +27,9 @@ class ApproximationRatio(NamedTuple):
 
     Attributes:
       mean_of_ratios: the mean of aᵢ/bᵢ over the examples kept, the paper's eq. 2; NaN if none is.
-      standard_error: of ``mean_of_ratios``.
+      standard_error: the standard error of ``mean_of_ratios``.
       ratio_of_means: Σ aᵢ/Σ bᵢ over all examples: the ratio of the rises of the mean loss.
-      ratio_of_means_standard_error: of ``ratio_of_means``, by the delta method.
+      ratio_of_means_standard_error: the standard error of ``ratio_of_means``, by the delta method.
       num_examples: how many examples there are.
       num_excluded: how many were left out of ``mean_of_ratios`` for a bᵢ near zero.
       one_step: aᵢ, [num_examples], float64.
@@ -77,7 +77,7 @@ def approximation_ratio(
       data: a batch or an iterable of batches. With ``perturbation="batch"`` the result depends on how the examples are
         cut into batches: take the batch size that SAM trains with.
       rho: ρ > 0, the radius, in the unit of params.
-      num_steps: of the long ascent, at least 1; the paper's is 20.
+      num_steps: the number of steps of the long ascent, at least 1; the paper's is 20.
       step_size: > 0. None: ρ/num_steps.
       perturbation: ``"batch"``: δ and δ* are those of the batch's mean loss, as SAM uses them; ``"example"``: every
         example has its own, and must not depend on the others; memory for several copies of params an example, so use
@@ -152,7 +152,7 @@ def _standard_error(samples: Array) -> float:
 
 
 class _InnerProblem(NamedTuple):
-    """What ascent needs to know of one batch; ``start`` is no offset."""
+    """What the ascent needs to know of one batch; ``start`` is an offset of zero."""
 
     start: Any
     losses_at: Callable[[Any], jax.Array]

@@ -34,7 +34,7 @@ class AverageSharpness(NamedTuple):
 
     Attributes:
       mean: a float; may be negative.
-      standard_error: of the mean over the draws of the noise.
+      standard_error: the standard error of the mean over the draws of the noise.
       num_probes: how many draws.
       loss: L(w).
     """
@@ -68,7 +68,7 @@ def worst_case_sharpness(
       params: pytree of real floating arrays.
       data: a batch or an iterable of batches.
       rho: ρ > 0, the radius, in the unit of params; relative to \|w\| if adaptive.
-      num_steps: of the ascent, at least 1.
+      num_steps: the number of steps of the ascent, at least 1.
       step_size: > 0, the length of a step in u. None: ρ/num_steps, so that one step is SAM's perturbation.
       adaptive: scale by \|w\|: invariant under rescaling of weights that leaves a ReLU network unchanged.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.

@@ -38,7 +38,7 @@ class Spectrum(NamedTuple):
     Attributes:
       grid: the points t, [g], float64.
       density: φ(t), the mean over probes, [g]; it integrates to 1 over the whole line.
-      standard_error: of the density, over probes, [g]; see :func:`hessian_spectrum`.
+      standard_error: the standard error of the density, over probes, [g]; see :func:`hessian_spectrum`.
       nodes: Ritz values, [num_probes, num_steps].
       weights: their weights, [num_probes, num_steps], rows adding up to 1: Σ_j weights f(nodes) estimates
         (1/n) Tr f(∇²L) for each probe. Steps that a probe did not need have weight 0.
@@ -74,8 +74,8 @@ def top_eigenvalues(
       data: a batch or an iterable of batches.
       key: a JAX random key, for the start.
       num_eigenvalues: k, at least 1 and at most n.
-      num_steps: of Lanczos, at least k; more make the residuals smaller. Memory: as many vectors of n numbers. None:
-        20 + 5k, or n if that is less.
+      num_steps: the number of steps of Lanczos, at least k; more make the residuals smaller. Memory: as many vectors of
+        n numbers. None: 20 + 5k, or n if that is less.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: the number of examples of a batch, as for :func:`gradient_norm`.
       progress: called as ``progress(done, total)`` after each Hessian-vector product.
@@ -161,7 +161,8 @@ def hessian_spectrum(
       data: a batch or an iterable of batches.
       key: a JAX random key.
       num_probes: how many vectors z, at least 2.
-      num_steps: of Lanczos, at most n; exact for polynomials up to degree 2 num_steps − 1. None: 40, or n if less.
+      num_steps: the number of steps of Lanczos, at most n; exact for polynomials up to degree 2 num_steps − 1.
+        None: 40, or n if that is less.
       grid: where to evaluate the density, an array; or a number of points, spread evenly over the range of the nodes,
         widened by four widths at both ends.
       width: standard deviation of the smoothing Gaussian, > 0, in units of the eigenvalues. None: 1 % of the range of

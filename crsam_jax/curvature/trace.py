@@ -28,10 +28,10 @@ class Estimate(NamedTuple):
 
     Attributes:
       mean: the estimate, a float.
-      standard_error: of the mean, a float: the root of an unbiased estimate of its variance, which for independent
-        samples is the sample variance over num_probes. Of few probes it is itself uncertain, by about
-        1/√(2 num_probes): an interval for the truth is mean ± q · standard_error with q of Student's distribution of
-        num_probes − 1 degrees of freedom.
+      standard_error: the standard error of the mean, a float: the root of an unbiased estimate of its variance, which
+        for independent samples is the sample variance over num_probes. With few probes it is itself uncertain, by
+        about 1/√(2 num_probes): an interval for the truth is mean ± q · standard_error with q of Student's distribution
+        of num_probes − 1 degrees of freedom.
       num_probes: how many samples it rests on.
     """
 
@@ -45,7 +45,7 @@ class NormalizedTrace(NamedTuple):
 
     Attributes:
       mean: C(w), a float; infinite or NaN where the gradient is zero.
-      standard_error: that of the trace over ‖∇L‖, which itself is exact.
+      standard_error: the standard error of C(w): that of the trace, divided by ‖∇L‖, which is exact.
       trace: the trace with its own standard error.
       gradient_norm: ‖∇L(w)‖.
     """
@@ -195,7 +195,7 @@ def estimate(samples: Any) -> Estimate:
 
 
 def is_precise(so_far: list[Any], relative_standard_error: float | None) -> bool:
-    """Whether enough samples are there, and their mean is known to the precision asked for."""
+    """Whether there are enough samples, and their mean is known to the precision that was asked for."""
     if relative_standard_error is None or len(so_far) < _FEWEST_PROBES_TO_STOP:
         return False
     result = estimate(so_far)

@@ -27,7 +27,7 @@ class Plane(NamedTuple):
     Attributes:
       origin: the first point, a pytree.
       directions: two orthonormal directions, pytrees like params.
-      coordinates: of the three points in the plane, [3, 2], float64; the first is (0, 0), the second (x, 0).
+      coordinates: where the three points lie in the plane, [3, 2], float64; the first is (0, 0), the second (x, 0).
     """
 
     origin: Any
@@ -99,13 +99,13 @@ def filter_normalized_directions(
 
 
 def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
-    """Gram-Schmidt over whole trees: unit directions that span the same space, the first kept but for its length.
+    """Gram-Schmidt over whole trees: unit directions that span the same space. The first keeps its direction.
 
     Args:
       directions: pytrees of one structure: the ascent direction, eigenvectors, differences of checkpoints.
 
     Returns:
-      As many pytrees, in at least float32.
+      As many directions as were given, as pytrees in at least float32.
 
     Raises:
       ValueError: if a direction is zero, not finite or, up to rounding, a combination of those before it.
@@ -120,7 +120,7 @@ def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
     found: list[Any] = []
     for i, direction in enumerate(directions):
         rest = trees.unit(like_params(f"directions[{i}]", direction, trees.widen(directions[0])))
-        for _ in range(2):  # twice is enough
+        for _ in range(2):  # the second time removes what rounding left
             for previous in found:
                 rest = _without(rest, previous)
         if not trees.norm(rest) > 100 * jnp.finfo(trees.wide_dtype(rest)).eps:
@@ -174,7 +174,7 @@ def gradient_direction(
     has_aux: bool = False,
     example_count: ExampleCount | None = None,
 ) -> Any:
-    """The ascent direction ∇L(w)/‖∇L(w)‖, the one SAM looks in; zero where the gradient is.
+    """The ascent direction ∇L(w)/‖∇L(w)‖, the one that SAM looks in; zero where the gradient is zero.
 
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`crsam_jax.curvature.gradient_norm`.
@@ -200,7 +200,7 @@ def gradient_direction(
 
 
 def _without(tree: Any, unit: Any) -> Any:
-    """``tree`` less its component along ``unit``."""
+    """``tree`` without its component along ``unit``."""
     component = trees.dot(tree, unit)
     return jax.tree.map(lambda x, u: x - component * u, tree, unit)
 
@@ -213,10 +213,10 @@ def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, units: tuple[i
     lengths = jnp.linalg.norm(filters, axis=0)
     columns: list[jax.Array] = []
     for noise in jax.random.normal(key, (count, *filters.shape), leaf.dtype):
-        if len(columns) == len(filters):  # the columns before span all there is
+        if len(columns) == len(filters):  # the columns so far span the whole space
             columns.append(jnp.zeros_like(noise))
             continue
-        for _ in range(2):  # twice is enough
+        for _ in range(2):  # the second time removes what rounding left
             for column in columns:
                 noise = noise - jnp.sum(noise * column, axis=0) * column
         columns.append(noise / jnp.linalg.norm(noise, axis=0))

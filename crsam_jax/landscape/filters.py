@@ -60,7 +60,7 @@ def output_axes(params: Any) -> dict[str, Axes]:
 
 
 def resolved(params: Any, given: Mapping[str, Any]) -> dict[str, Axes]:
-    """:func:`output_axes`, with those of the caller where there are any.
+    """The axes of :func:`output_axes`, replaced by the caller's where there are any.
 
     Raises:
       ValueError: if ``given`` names no leaf, or axes that the leaf does not have; or as :func:`output_axes`.
@@ -117,12 +117,13 @@ def _axes_of_bias(path: str, name: str, shape: Shape, bias: Shape) -> Axes:
     number = len(shape)
     for units in (bias, _without_trailing_ones(bias)):
         count = len(units)
-        fronts = range(count + 1) if name.startswith("weight") else range(count)  # how many of the axes are in front
+        # How many of the bias's axes stand in front.
+        fronts = range(count + 1) if name.startswith("weight") else range(count)
         for front in fronts if name == "kernel" else reversed(fronts):
             axes = (*range(front), *range(number - count + front, number))
             if count <= number and tuple(shape[axis] for axis in axes) == units:
-                return axes if count < number else None  # as many as weights: a gain
-    if units == shape[-2:-1]:  # of a transposed convolution
+                return axes if count < number else None  # one bias a weight: a gain, which has no filters
+    if units == shape[-2:-1]:  # a transposed convolution
         return (number - 2,)
     raise ValueError(
         f"The output axes of {path} are not clear: its shape {shape} does not fit that of the bias beside it, {bias}. "
@@ -131,7 +132,7 @@ def _axes_of_bias(path: str, name: str, shape: Shape, bias: Shape) -> Axes:
 
 
 def _without_trailing_ones(shape: Shape) -> Shape:
-    """Biases of convolutions with channels first have such axes."""
+    """The shape of a bias without axes of length 1 at its end, which convolutions with channels first give it."""
     while shape[-1:] == (1,):
         shape = shape[:-1]
     return shape

@@ -68,7 +68,7 @@ def gradient_differences(step: Step) -> Differences:
 
 def log_weight(coefficient: jax.Array, argument: jax.Array, noise: jax.Array) -> tuple[jax.Array, jax.Array]:
     """coefficient/argument, the derivative of the logarithm, or 0; and whether the guard changed anything."""
-    is_usable = argument > noise  # false for NaN too
+    is_usable = argument > noise  # False for NaN too
     weight = jnp.where(is_usable, coefficient / jnp.where(is_usable, argument, 1), 0)
     return weight.astype(coefficient.dtype), ~is_usable & (coefficient != 0)
 
@@ -93,7 +93,7 @@ def checked_numbers(
     offset: ScalarOrSchedule,
     max_penalty_ratio: ScalarOrSchedule | None,
 ) -> dict[str, ScalarOrSchedule]:
-    """The penalty's numbers by name, checked; no bound, no entry for it."""
+    """The penalty's numbers by name, checked; without a bound there is no entry for it."""
     numbers = {"alpha": alpha, "beta": beta, "offset": offset}
     if max_penalty_ratio is not None:
         numbers["max_penalty_ratio"] = max_penalty_ratio

@@ -144,7 +144,7 @@ def _perturbed_size(params: Params, is_in: Any) -> int:
 
 
 def _summed_pairs(here: Evaluation, plus: Evaluation, further: Sequence[Evaluation]) -> Basis:
-    """Two elements, however many pairs: what the losses weigh is summed up before any product is taken."""
+    """Two sums over all pairs, so that the number of inner products does not grow with the number of pairs."""
     del here, plus
     pairs = list(zip(further[::2], further[1::2], strict=True))
     firsts = [trees.widen(above.loss) - trees.widen(below.loss) for above, below in pairs]

@@ -61,9 +61,9 @@ class OneEvaluationState(NamedTuple):
     Attributes:
       count: int32, steps of the base optimizer so far; a schedule of ρ reads it.
       memory: m, a tree like params.
-      shift: of the params that the caller holds, in terms of m.
-      diagnostics: of the latest step; read one with ``optax.tree.get(opt_state, "slope")``. Zeros before the first.
-      base_optimizer_state: of the base optimizer.
+      shift: by how much the params that the caller holds are shifted, in terms of m.
+      diagnostics: what the latest step saw; ``optax.tree.get(opt_state, "slope")`` reads one. Zeros before the first.
+      base_optimizer_state: the state of the base optimizer.
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in optax, the field hides tuple.count
@@ -118,7 +118,7 @@ def shifted(
     """The base optimizer on params shifted by e = sign · ρ m/‖m‖, with m ← decay · m + g; ``None``: m is the latest g.
 
     Raises:
-      TypeError, ValueError: for bad arguments, which ``name`` is to be blamed for.
+      TypeError, ValueError: for bad arguments; the message says that they are those of ``name``.
     """
     if not isinstance(base_optimizer, optax.GradientTransformation):
         raise TypeError(
@@ -175,7 +175,7 @@ def shifted(
 
 
 def _moved(step: Params, e: Params, before: Params, like: Params) -> tuple[Params, jax.Array]:
-    """The updates to the next shifted params, or to those without a shift if they overflow; and whether they do not."""
+    """The updates to the next shifted params, or to unshifted ones if those overflow; and whether they are shifted."""
     moved = trees.cast_like(trees.wide_map(lambda u, e, before: u + (e - before), step, e, before), like)
     undone = trees.cast_like(trees.wide_map(jnp.subtract, step, before), like)
     is_whole = trees.all_finite(moved)
@@ -200,7 +200,7 @@ def _shift(length: trees.ScaledNorm, rho: jax.Array, sign: float) -> Shift:
 
 
 def _direction(memory: Params, shift: Shift) -> Params:
-    """V, of length 1 or 0, in at least float32."""
+    """The direction v, of length 1 or 0, in at least float32."""
     return trees.scaled_by(memory, shift.scale, shift.factor)
 
 
@@ -209,7 +209,7 @@ def _perturbation(memory: Params, shift: Shift) -> Params:
 
 
 def _without(params: Params, perturbation: Params) -> Params:
-    """The params w; what an optimizer around this one has hidden stays as it is."""
+    """The params w, without the shift; parts that an optimizer around this one has hidden stay as they are."""
 
     def subtract(e: Any, shifted: Any) -> Any:
         if is_hidden(e):
@@ -228,5 +228,5 @@ def _check(name: str, grads: Params, params: Params) -> None:
 
 
 def _shown(params: Params) -> Params:
-    """The params without what an optimizer around this one has hidden."""
+    """The params without the parts that an optimizer around this one has hidden."""
     return jax.tree.map(lambda leaf: None if is_hidden(leaf) else leaf, params, is_leaf=is_hidden)

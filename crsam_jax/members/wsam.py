@@ -81,7 +81,7 @@ def wsam(
 
 
 class DecoupledWsamState(NamedTuple):
-    """State of :func:`decoupled_wsam`: of the ascent step, with its diagnostics, and of the base optimizer."""
+    """State of :func:`decoupled_wsam`: of its ascent step, with the diagnostics, and of its base optimizer."""
 
     sharpness: SharpnessAwareState
     base: Any

@@ -21,9 +21,9 @@ class AdaptivePolicyState(NamedTuple):
       full_fraction: float32, their share.
       mean: running mean μ of ‖g‖².
       variance: running variance σ² of ‖g‖².
-      decay: the decay of both.
+      decay: d, the decay of both running values.
       threshold: c of the next step.
-      inner_state: of the wrapped transformation.
+      inner_state: the state of the wrapped transformation.
     """
 
     steps: jax.Array
@@ -36,7 +36,7 @@ class AdaptivePolicyState(NamedTuple):
     inner_state: Any
 
     def is_due(self, grads: Any) -> jax.Array:
-        """Whether the step with this gradient is full."""
+        """Whether the step with this gradient is a full one."""
         square = _squared_norm(grads, self)
         mean, variance = _running(self, square)
         return square >= mean + self.threshold * jnp.sqrt(variance)

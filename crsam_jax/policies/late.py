@@ -18,7 +18,7 @@ class LateState(NamedTuple):
       steps: int32, steps so far.
       full_steps: int32, how many of them were full.
       start: int32, steps before the first full one.
-      inner_state: of the wrapped transformation.
+      inner_state: the state of the wrapped transformation.
     """
 
     steps: jax.Array
@@ -27,7 +27,7 @@ class LateState(NamedTuple):
     inner_state: Any
 
     def is_due(self, grads: Params) -> jax.Array:
-        """Whether the next step is full; the gradient does not matter."""
+        """Whether the next step is a full one; it does not depend on the gradient."""
         del grads
         return self.steps >= self.start
 

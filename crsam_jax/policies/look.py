@@ -25,7 +25,7 @@ class LookState(NamedTuple):
       period: int32, k.
       orthogonal: unit vector along the part of the latest full result that is orthogonal to its g; a tree like
         params in at least float32.
-      inner_state: of the wrapped transformation.
+      inner_state: the state of the wrapped transformation.
     """
 
     steps: jax.Array
@@ -35,7 +35,7 @@ class LookState(NamedTuple):
     inner_state: Any
 
     def is_due(self, grads: Any) -> jax.Array:
-        """Whether the next step is full; the gradient does not matter."""
+        """Whether the next step is a full one; it does not depend on the gradient."""
         del grads
         return self.steps % self.period == 0
 

@@ -17,7 +17,7 @@ class PeriodicState(NamedTuple):
       steps: steps so far.
       full_steps: how many of them were full.
       period: k.
-      inner_state: of the wrapped transformation.
+      inner_state: the state of the wrapped transformation.
     """
 
     steps: jax.Array
@@ -26,7 +26,7 @@ class PeriodicState(NamedTuple):
     inner_state: Any
 
     def is_due(self, grads: Any) -> jax.Array:
-        """Whether the next step is full; the gradient does not matter."""
+        """Whether the next step is a full one; it does not depend on the gradient."""
         del grads
         return self.steps % self.period == 0
 

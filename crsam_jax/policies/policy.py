@@ -6,7 +6,7 @@ member's own state and diagnostics keep the values of its latest full step.
 
 The choice is a ``lax.cond`` inside the jitted step, so the work skipped is really skipped; under ``vmap`` a
 conditional becomes a selection and both branches run. On CPU the branch is brought into the form in which XLA's
-convolutions are fast (:func:`crsam_jax.canonical_convolutions`). Who wants two programs instead of a conditional passes
+convolutions are fast (:func:`crsam_jax.canonical_convolutions`). For two programs instead of a conditional pass
 ``full_step=True`` or ``False``, a Python bool that is static under jit, to ``update``; :func:`is_full_step` computes it
 from the optimizer's state and the gradient. A schedule of ρ inside a policy counts full steps only.
 

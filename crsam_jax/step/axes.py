@@ -12,7 +12,7 @@ def varying(tree: Any, axis_name: str | None) -> Any:
     Inside ``shard_map(check_vma=True)`` the gradient with respect to a replicated value is the sum over the
     axis already; without the check, and under ``pmap`` and ``vmap``, it is local and there is nothing to mark.
     """
-    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # the latter: one of vmap
+    if axis_name is None or axis_name not in jax.sharding.get_abstract_mesh().manual_axes:  # vmap's is not manual
         return tree
 
     def cast(leaf: Any) -> jax.Array:
@@ -22,7 +22,7 @@ def varying(tree: Any, axis_name: str | None) -> Any:
 
 
 def synced(tree: Any, axis_name: str) -> Any:
-    """The mean of each floating leaf over the axis; a flag that is set anywhere is set; integers are alike already."""
+    """The mean over the axis for floating leaves, "any" for flags; integers are the same everywhere and stay."""
 
     def sync(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
@@ -33,12 +33,12 @@ def synced(tree: Any, axis_name: str) -> Any:
 
 
 def gathered(tree: Any, axis_name: str) -> Any:
-    """What each place of the axis has, stacked along a new first axis."""
+    """The values at all places of the axis, stacked along a new first axis."""
 
     def gather(leaf: jax.Array) -> jax.Array:
         if axis_name not in _varying_axes(leaf):
             return jax.lax.all_gather(leaf, axis_name)
-        # Under ``shard_map(check_vma=True)`` what is gathered counts as different along the axis, a sum does not.
+        # Under ``shard_map(check_vma=True)`` a gathered value counts as different along the axis, and a sum does not.
         places = jnp.arange(jax.lax.axis_size(axis_name)).reshape(-1, *[1] * leaf.ndim)
         return jax.lax.psum(jnp.where(places == jax.lax.axis_index(axis_name), leaf, 0), axis_name)
 
@@ -57,4 +57,4 @@ def is_mapped(axis_name: str) -> bool:
 def _varying_axes(leaf: Any) -> Any:
     """The axes along which a value differs; none where ``shard_map`` does not check that."""
     kind: Any = jax.typeof(leaf)
-    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # renamed during jax 0.10
+    return kind.vma if hasattr(kind, "vma") else kind.manual_axis_type.varying  # jax 0.10 renamed it

@@ -120,12 +120,12 @@ Diagnostics = OneSidedDiagnostics | AscentOnlyDiagnostics | TwoSidedDiagnostics 
 
 
 def initial(kind: type[Any], dtype: np.dtype) -> Any:
-    """Zeros of the right types, each in a buffer of its own."""
+    """The diagnostics before the first step: zeros of the right types, each in a buffer of its own."""
     return kind(**{name: jnp.zeros((), jnp.int32 if name.endswith("_steps") else dtype) for name in kind._fields})
 
 
 def accumulated(before: Any, now: Any) -> Any:
-    """The new values in the old ones' dtypes; counts added up."""
+    """The diagnostics after a step: the new values in the dtypes of the old ones, and the counts added up."""
 
     def add(old: jax.Array, new: Any) -> jax.Array:
         value = jnp.asarray(new).astype(old.dtype)

@@ -31,7 +31,7 @@ def evaluate(loss: Loss, points: Sequence[Params], execution: Execution) -> list
     axis_name = execution.averaging_axis
     points = [varying(point, axis_name) for point in points]
     value_and_grad = jax.value_and_grad(loss)
-    if execution.probe_axis is None or len(points) == 1:  # one point cannot be shared out
+    if execution.probe_axis is None or len(points) == 1:  # a single point cannot be divided among devices
         evaluations = _evaluate(value_and_grad, points, execution.strategy)
     else:
         evaluations = shared_out(value_and_grad, points, execution.probe_axis)
@@ -39,7 +39,7 @@ def evaluate(loss: Loss, points: Sequence[Params], execution: Execution) -> list
 
 
 def _evaluate(value_and_grad: ValueAndGrad, points: Sequence[Params], strategy: Strategy) -> list[Evaluation]:
-    if len(points) == 1:  # nothing to batch or to order
+    if len(points) == 1:  # a single point needs neither batching nor an order
         return _sequential(value_and_grad, points)
     match strategy:
         case "vmap":

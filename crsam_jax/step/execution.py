@@ -69,10 +69,10 @@ class Execution:
 
 
 def checked_execution(execution: Execution | None) -> Execution:
-    """The settings, or the default ones.
+    """The given settings, or the default ones if there are none.
 
     Raises:
-      TypeError: if it is something else.
+      TypeError: if what was given is not an Execution.
     """
     if execution is None:
         return Execution()

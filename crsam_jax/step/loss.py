@@ -17,7 +17,7 @@ from crsam_jax.step.types import LossFn
 # Arguments that optax's own transformations exchange; they may describe another loss.
 RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
 
-# Likeness of two names, as difflib has it, from which on one is taken for a slip of the other.
+# From this similarity on, as difflib measures it, one name is taken for a misspelling of the other.
 _CLOSE = 0.75
 
 _UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
@@ -217,7 +217,7 @@ def _checked_loss(result: Any, has_aux: bool) -> jax.Array:
         )
     try:
         loss = jnp.asarray(result)
-    except (TypeError, ValueError) as error:  # ValueError for None
+    except (TypeError, ValueError) as error:  # jax raises ValueError for None
         raise TypeError(f"loss_fn must return a scalar loss, but it returned {_summary(result)}.") from error
     if loss.ndim:
         raise TypeError(

@@ -70,7 +70,7 @@ def products_of(
     """Products of the basis (g, g⁺ − g, *elements).
 
     Args:
-      elements: of the basis, from the gradients.
+      elements: the elements of the basis, computed from the gradients.
       size: how many trees the basis has in all.
       grads: g, g⁺ and the further gradients.
       grad_norm: ‖g‖, which is known already and sets the unit.
@@ -79,7 +79,7 @@ def products_of(
     dtype = grad_norm.length.dtype
     exponent = _unit(grad_norm)
     one = jnp.ones((), dtype)
-    pairs = list(combinations_with_replacement(range(size), 2))[1:]  # but for ⟨g, g⟩
+    pairs = list(combinations_with_replacement(range(size), 2))[1:]  # all but ⟨g, g⟩, which is known
 
     def terms(g: jax.Array, plus: jax.Array, *others: jax.Array) -> list[jax.Array]:
         further, along = others[: len(grads) - 2], others[len(grads) - 2 :]
@@ -88,7 +88,7 @@ def products_of(
 
     directions = () if direction is None else (direction,)
     found = trees.sums(terms, *grads, *directions)
-    length = jnp.ldexp(grad_norm.length, exponent - grad_norm.exponent)  # of g in the unit
+    length = jnp.ldexp(grad_norm.length, exponent - grad_norm.exponent)  # the length of g in that unit
     table = {(0, 0): length**2, **dict(zip(pairs, found, strict=False))}
     gram = [[table[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
     if direction is None:

@@ -14,7 +14,7 @@ from crsam_jax.step.products import Products
 from crsam_jax.step.types import Evaluation, Params, ScalarOrSchedule
 from crsam_jax.step.vectors import Vector
 
-# What is subtracted carries an error of this many units in the last place each, at least.
+# Each number in a difference is taken to be wrong by this many units in the last place.
 NOISE_ULPS = 4
 
 
@@ -36,7 +36,7 @@ class Step(NamedTuple):
     Attributes:
       here: w, with L and g.
       plus: w + ρv, with L⁺ and g⁺.
-      losses: at the rule's further points.
+      losses: the losses at the rule's further points.
       vectors: the gradients there, or what the rule's ``basis`` made of them.
       rho: ρ; 1 where nothing is perturbed, so that it divides safely.
       products: inner products and norms of vectors.
@@ -87,8 +87,8 @@ class Outcome(NamedTuple):
     Attributes:
       gradient: the method's gradient.
       penalty: the part of it to leave out where it is not defined, before any bound; None if there is none.
-      instead: what is left then, SAM's gradient. Where that is not finite either, the step falls back on g.
-      is_defined: whether the penalty is.
+      instead: what is returned without the penalty, SAM's gradient. Where it is not finite either, the step returns g.
+      is_defined: whether the penalty is defined.
       is_guarded: whether part of the penalty was left out by the rule itself.
       is_bounded: whether the penalty was scaled down.
     """
@@ -102,7 +102,7 @@ class Outcome(NamedTuple):
 
 
 class Seen(NamedTuple):
-    """What is reported of every step: scalars, and flags for this step alone."""
+    """What every method reports of a step: scalars, and flags for this step alone."""
 
     loss: jax.Array
     loss_plus: jax.Array

@@ -128,7 +128,7 @@ def _of_step(tx: Any, params: Params, value: jax.Array, grads: Params, kwargs: d
             "alone. Write optax.chain(method, optax.MultiSteps(base, k).gradient_transformation())."
         )
         return
-    # A policy takes the choice from the caller; without one nobody expects the argument.
+    # Only a policy takes ``full_step``; for all others it would be an unknown argument.
     choice = {"full_step": True} if _has_policy(before) else {}
     updates, after = optax.with_extra_args_support(tx).update(grads, before, params, **kwargs, **choice)
     for member in _members(after):
@@ -172,7 +172,7 @@ def _is_close(found: Any, expected: Any) -> bool:
 
 
 def _nodes(state: Any, kind: Any) -> list[Any]:
-    """All nodes of a type, wherever they are in the state, but for those inside of one another."""
+    """All nodes of a type anywhere in the state; nodes inside such a node are not searched."""
 
     def is_one(node: Any) -> bool:
         return isinstance(node, kind)

@@ -17,7 +17,7 @@ from crsam_jax.step.vectors import Vector
 
 
 class Differences(NamedTuple):
-    """S and D, and the size below which each is rounding noise; scalars."""
+    """The differences S and D, and for each the size below which it is rounding noise; scalars."""
 
     second: jax.Array
     first: jax.Array
@@ -45,7 +45,7 @@ def one_sided(combine: Callable[..., Vector | Outcome], **numbers: ScalarOrSched
 
 
 def ascent_only(combine: Callable[..., Vector | Outcome], **numbers: ScalarOrSchedule) -> Rule:
-    """As :func:`one_sided`, of g⁺ alone: g gives v and nothing else."""
+    """A rule made of g⁺ alone: g gives the direction v and nothing else."""
     return Rule(combine, _ascent_only_report, AscentOnlyDiagnostics, numbers, reads_gradient=False)
 
 

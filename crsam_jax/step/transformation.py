@@ -26,8 +26,8 @@ class SharpnessAwareState(NamedTuple):
 
     Attributes:
       count: int32, steps so far; schedules read it.
-      ascent: state of the ascent.
-      diagnostics: of the latest step; read one with ``optax.tree.get(opt_state, "curvature")``. Zeros before the first.
+      ascent: the state of the ascent.
+      diagnostics: what the latest step saw; ``optax.tree.get(opt_state, "curvature")`` reads one. Zeros at first.
     """
 
     count: jax.Array  # type: ignore[assignment]  # as in optax, the field hides tuple.count
@@ -75,9 +75,9 @@ class Method:
         """The method's gradient and the state after the step.
 
         Args:
-          loss: of params alone.
+          loss: the loss as a function of params alone.
           grads: g, its gradient at params.
-          state: before the step.
+          state: the state before the step.
           params: w.
           loss_here: L(w) if the caller has it.
         """
@@ -88,7 +88,7 @@ class Method:
         direction, memory = self._direction(loss, grads, state.ascent, here, self.execution)
         gradient, seen = self._step(loss, grads, state.count, here, direction, loss_here)
         if axis is not None:
-            # The parts share one memory, that of a step with the averaged gradient.
+            # All parts of the batch go on with one memory: the one that a step with the averaged gradient leaves.
             averaging = dataclasses.replace(self.execution, sync_perturbation=True)
             _, memory = self._direction(loss, synced(grads, axis), state.ascent, params, averaging)
             gradient, seen = synced((gradient, seen), axis)
@@ -99,7 +99,7 @@ class Method:
     def _direction(
         self, loss: Loss, grads: Params, memory: Any, params: Params, execution: Execution
     ) -> tuple[Params | None, Any]:
-        """V, and the ascent's new state; None for the gradient's own direction, whose norm is needed anyway."""
+        """The direction v and the ascent's new state; v is None where it is the gradient's own direction."""
         if self.ascent == GRADIENT_ASCENT:
             return None, memory
 
@@ -120,7 +120,7 @@ class Method:
         points = [perturb(params, v, rho), *self.rule.points(params, v, rho, count)]
         if self.rule.reads_gradient:
             loss_here = loss_at(loss, params, loss_here, self.execution.averaging_axis)
-        else:  # L(w) is not looked at
+        else:  # the rule does not look at L(w)
             loss_here = jnp.full((), jnp.nan, dtype)
         plus, *further = evaluate(loss, points, self.execution)
         basis = self.rule.basis(Evaluation(loss_here, grads), plus, further)

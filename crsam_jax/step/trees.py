@@ -81,7 +81,7 @@ def sums(terms: Callable[..., Sequence[jax.Array]], *trees: Params) -> list[jax.
     large = [row for row in rows if row[0].size > _SMALL]
     parts = [[_folded(term) for term in terms(*row)] for row in large]
     parts.append(list(terms(*(_joined(column) for column in zip(*small, strict=True)))))
-    # Without the barrier XLA takes the sum of what is joined apart again, into a kernel a leaf and term.
+    # Without the barrier XLA splits the sum of the joined leaves up again, into one kernel for each leaf and term.
     joined = jax.lax.optimization_barrier([_joined(column) for column in zip(*parts, strict=True)])
     return [jnp.sum(column) for column in joined]
 
@@ -150,13 +150,13 @@ def safe_sqrt(square: jax.Array) -> jax.Array:
 
 
 def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
-    """Numerator/denominator; 0 where the denominator is not positive."""
+    """The ratio numerator/denominator; 0 where the denominator is not positive."""
     is_positive = denominator > 0
     return jnp.where(is_positive, numerator / jnp.where(is_positive, denominator, 1), 0)
 
 
 def _folded(term: jax.Array) -> jax.Array:
-    """Summed up but for the last axis: what is left of all leaves is summed up together."""
+    """The sum over all axes but a short last one, which is summed up later, together with those of other leaves."""
     axes = tuple(range(term.ndim - (term.shape[-1] <= _SMALL)))
     return jnp.sum(term, axis=axes)
 

@@ -23,7 +23,7 @@ class Vector:
     Vectors of one step are added, subtracted, and multiplied or divided by scalars, known or traced.
 
     Attributes:
-      weights: of the trees of the basis, g first.
+      weights: the weights of the trees of the basis, g first.
 
     Example:
       >>> from crsam_jax import Vector
@@ -74,7 +74,7 @@ def combined(vector: Vector, elements: Elements, grads: Params, plus: Params, *f
 
     Args:
       vector: weights of g, of g⁺ − g, and of ``elements``.
-      elements: of the basis.
+      elements: the elements of the basis, computed from the gradients.
       grads: g.
       plus: g⁺.
       *further: the gradients at further points.
