@@ -22,6 +22,7 @@ nb_execution_mode = "auto"  # the tutorial is stored without outputs, so each bu
 nb_execution_raise_on_error = True
 nb_execution_timeout = 900
 nb_merge_streams = True
+nb_render_markdown_format = "myst"  # CommonMark, the default, has no tables
 nb_output_stderr = "remove"  # what jax says about devices; an error still ends the build
 
 autodoc_member_order = "bysource"
@@ -39,5 +40,6 @@ if os.environ.get("DOCS_INTERSPHINX"):
     }
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the default underlines every imported name
 html_title = f"crsam_jax {release}"
 html_show_sphinx = False
