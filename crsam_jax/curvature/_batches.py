@@ -100,7 +100,7 @@ def num_batches(data: Data) -> int | None:
 
 
 def example_arguments(data: Data, batch: Batch) -> tuple[str, ...]:
-    """Names of the arguments that hold examples: as ``data.example_arguments`` says, else "batch", else all."""
+    """Names of the arguments that hold examples: those in ``data.example_arguments``, else "batch", else all."""
     names: tuple[str, ...] | None = getattr(data, "example_arguments", None)
     if names is not None:
         return names

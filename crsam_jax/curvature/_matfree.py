@@ -20,7 +20,7 @@ Product = Callable[[jax.Array], jax.Array]
 
 
 def load(module: str) -> Any:
-    """The module ``matfree.<module>``.
+    """The module ``matfree.<module>``, imported when it is needed.
 
     Raises:
       ImportError: if matfree is not installed, with the command that installs it.

@@ -67,7 +67,7 @@ def approximation_ratio(
     A single example whose loss hardly changes has a ratio of any size. So the mean of ratios leaves out the
     examples with \|bᵢ\| ≤ ``threshold`` · mean \|b\| and counts them; the ratio of means needs no such rule.
 
-    Costs, a batch, ``num_steps`` gradients and 3 losses; with a perturbation for each example the same number, each
+    Each batch costs ``num_steps`` gradients and 3 losses; with a perturbation for each example the same number, each
     of them batched over params.
 
     Args:
@@ -180,7 +180,7 @@ def _inner_problem(
 
 @functools.partial(jax.jit, static_argnames="example_losses_fn")
 def _losses(params: Any, batch: dict[str, Any], offset: Any, *, example_losses_fn: LossFn) -> jax.Array:
-    """ℓᵢ(w + δ), [examples]."""
+    """The loss of each example at w + δ, ℓᵢ(w + δ), [examples]."""
     kwargs = LossBinder(example_losses_fn, has_aux=False, call="data=dict({})").arguments(batch)
     losses = jnp.asarray(example_losses_fn(shifted(params, offset), **kwargs))
     if losses.ndim != 1 or not jnp.issubdtype(losses.dtype, jnp.floating):

@@ -19,7 +19,7 @@ Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
 
 class Eigenpairs(NamedTuple):
-    """The k largest eigenvalues found.
+    """The k largest eigenvalues that were found.
 
     Attributes:
       values: λ₁ ≥ ... ≥ λ_k, [k], float64.
@@ -152,8 +152,9 @@ def hessian_spectrum(
 
     .. math:: \operatorname{Var} = \tfrac{2}{n+2} \big(\tfrac1n \textstyle\sum_i f_i^2 - (\tfrac1n \sum_i f_i)^2 \big),
 
-    both means estimated by the quadrature. The sample alone is skewed: of few probes it is mostly too small. Where
-    num_steps is so small that nodes have not settled within a width, few probes are still too few for their spread.
+    both means estimated by the quadrature. The sample's variance alone is skewed: with few probes it is mostly too
+    small. Where num_steps is so small that nodes have not settled within a width, few probes are still too few for
+    their spread.
 
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`gradient_norm`.

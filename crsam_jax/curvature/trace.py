@@ -41,7 +41,7 @@ class Estimate(NamedTuple):
 
 
 class NormalizedTrace(NamedTuple):
-    """C(w) = Tr ∇²L(w)/‖∇L(w)‖.
+    """The normalized trace C(w) = Tr ∇²L(w)/‖∇L(w)‖.
 
     Attributes:
       mean: C(w), a float; infinite or NaN where the gradient is zero.

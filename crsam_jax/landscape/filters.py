@@ -33,9 +33,10 @@ def output_axes(params: Any) -> dict[str, Axes]:
     * Any other, [..., inputs, outputs]: the last; None if there is one number a unit, as in a class token
       [1, 1, features].
 
-    Layers stacked along a first axis are told by their biases. What no name and no bias tells, the caller must: a
-    stack or a ``DenseGeneral`` of several output axes without biases, a flax ``ConvTranspose`` with
-    ``transpose_kernel=True`` and as many inputs as outputs, an Equinox ``Embedding``, whose filters here are its rows.
+    Layers stacked along a first axis are recognized by their biases. Where neither a name nor a bias tells the axes,
+    the caller must: for a stack or a ``DenseGeneral`` of several output axes without biases, a flax ``ConvTranspose``
+    with ``transpose_kernel=True`` and as many inputs as outputs, an Equinox ``Embedding``, whose filters here are
+    its rows.
 
     Args:
       params: pytree of arrays, or of anything with a shape.

@@ -14,7 +14,7 @@ from crsam_jax.step.vectors import Vector
 
 
 def gradient_norm(step: Step, alpha: jax.Array) -> Vector:
-    """(1−α) g + α g⁺ (Zhao et al., algorithm 1)."""
+    """The gradient (1−α) g + α g⁺ (Zhao et al., algorithm 1)."""
     return (1 - alpha) * step.here.grad + alpha * step.plus.grad
 
 

@@ -14,7 +14,7 @@ from crsam_jax.step.vectors import Vector
 
 
 def surrogate_gap(step: Step, alpha: jax.Array) -> Vector:
-    """g⁺ − α (g − ⟨g, g⁺⟩ g⁺/‖g⁺‖²) (Zhuang et al., algorithm 1)."""
+    """The gradient g⁺ − α (g − ⟨g, g⁺⟩ g⁺/‖g⁺‖²) (Zhuang et al., algorithm 1)."""
     g, plus = step.here.grad, step.plus.grad
     return plus - alpha * (g - step.products.projection(g, onto=plus) * plus)
 

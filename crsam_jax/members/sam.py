@@ -14,7 +14,7 @@ from crsam_jax.step.vectors import Vector
 
 
 def sharpness(step: Step) -> Vector:
-    """g⁺ = ∇L(w + ρv) (Foret et al., eq. 3)."""
+    """The gradient g⁺ = ∇L(w + ρv) (Foret et al., eq. 3)."""
     return step.plus.grad
 
 

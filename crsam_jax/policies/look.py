@@ -104,6 +104,6 @@ def _orthogonal(result: Any, grads: Any) -> Any:
 
 
 def _noise(result: Any) -> float:
-    """Relative rounding error: of the result in its own dtypes, and of the projection in a wide one."""
+    """The relative rounding error: that of the result in its own dtypes plus that of the projection in a wide one."""
     own = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(result)), default=0.0)
     return own + _PROJECTION_ULPS * float(jnp.finfo(trees.wide_dtype(result)).eps)

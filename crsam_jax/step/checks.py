@@ -33,7 +33,7 @@ def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
 
 
 def check_hyperparameter(name: str, value: ScalarOrSchedule, *, below: float = math.inf) -> None:
-    """As :func:`check_number`; a schedule passes too."""
+    """The check of :func:`check_number`, which a schedule passes too."""
     if not callable(value):
         check_number(name, value, below=below)
 
@@ -89,7 +89,7 @@ def check_params(params: Any) -> None:
 
 
 def check_leaves(params: Any) -> None:
-    """As :func:`check_params`, where params may be None: an optimizer's ``init`` leaves it to ``update``."""
+    """The check of :func:`check_params`, but None passes: an optimizer's ``init`` leaves that to ``update``."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_hidden):
         where = jax.tree_util.keystr(path) or "the root"
         if is_hidden(leaf):
@@ -159,7 +159,7 @@ def _is_array(leaf: Any) -> bool:
 
 
 def _advice(params: Any) -> str:
-    """What to do with an object that may be a model."""
+    """The advice to add to a message about an object that may be a model."""
     if _is_array(params) or isinstance(params, (Mapping, list, tuple)):
         return ""
     name = f"{type(params).__module__}.{type(params).__qualname__}"
@@ -171,7 +171,7 @@ def _advice(params: Any) -> str:
 
 
 def _missing_leaf(grads: Any, params: Any) -> str:
-    """Where the gradient is None and params has an array, which optax takes for an update to leave out."""
+    """What a message says of the first place where the gradient is None and params has an array; else nothing."""
     arrays = {path for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     for path, grad in jax.tree_util.tree_leaves_with_path(grads, is_leaf=lambda node: node is None):
         if grad is None and path in arrays:

@@ -35,7 +35,7 @@ class OneSidedDiagnostics(NamedTuple):
 
 
 class AscentOnlyDiagnostics(NamedTuple):
-    """What a step saw whose gradient serves for v alone, and may be that of a part of the batch.
+    """What a step saw whose incoming gradient gives v alone; it may be the gradient of a part of the batch.
 
     Attributes:
       loss_plus: L⁺ = L(w + ρv).

@@ -21,7 +21,7 @@ def perturb(params: Params, direction: Params, length: jax.Array) -> Params:
 
 
 def loss_at(loss: Loss, params: Params, given: Any, axis_name: str | None) -> jax.Array:
-    """L(w): as the caller gives it, else evaluated; under jit XLA mostly merges that with the caller's forward pass."""
+    """The loss L(w): the caller's, or evaluated; under jit XLA mostly merges that with the caller's forward pass."""
     value = loss(varying(params, axis_name)) if given is None else varying(given, axis_name)
     return value if axis_name is None else jax.lax.pmean(value, axis_name)
 
@@ -80,7 +80,7 @@ def _after_barrier(first: Any, then: Params) -> tuple[Any, Params]:
 
 
 def _after(first: Any, then: Params) -> tuple[Any, Params]:
-    """The same on CPU, where XLA looks through barriers, so that the dependence has to be one of data.
+    """The same for CPU, where XLA ignores barriers: there ``then`` is made to depend on the data of ``first``.
 
     One element of each leaf of ``first`` has to be there. No maximum of absolute values is −1, which the compiler does
     not know (it does know that none is below 0).

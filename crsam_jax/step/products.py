@@ -33,7 +33,7 @@ class Products(NamedTuple):
         return jnp.ldexp(self._scaled_norm(vector), -self.exponent)
 
     def along(self, vector: Vector) -> jax.Array:
-        """⟨v, vector⟩."""
+        """The inner product ⟨v, vector⟩."""
         return jnp.ldexp(_total(vector.weights, self.with_direction), -self.exponent)
 
     def projection(self, vector: Vector, onto: Vector) -> jax.Array:

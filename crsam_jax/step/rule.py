@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
     @property
     def further(self) -> list[Point]:
-        """All further points."""
+        """All points beside w and w + ρv."""
         return [Point(loss, vector) for loss, vector in zip(self.losses, self.vectors, strict=True)]
 
     @property
@@ -113,7 +113,7 @@ class Seen(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """What to take products of beside g and g⁺ − g, and the symbols for it.
+    """The trees whose inner products a rule needs beside g and g⁺ − g, and the symbols for them.
 
     Attributes:
       elements: elementwise, from arrays of g, g⁺ and the further gradients to a list of arrays.

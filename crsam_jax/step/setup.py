@@ -50,7 +50,7 @@ def check_setup(
 
     Raises:
       ValueError: listing all that is wrong.
-      TypeError: as ``update``, if an argument of ``loss_fn`` is missing and the like.
+      TypeError: where ``update`` raises it, for instance if an argument of ``loss_fn`` is missing.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, crsam_jax

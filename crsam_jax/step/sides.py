@@ -110,7 +110,7 @@ def two_sided_rule(
     measure: Callable[[Step], Differences],
     numbers: dict[str, ScalarOrSchedule],
 ) -> Rule:
-    """As :func:`two_sided`, with the way in which S and D of the diagnostics are measured."""
+    """The rule of :func:`two_sided`, with the way in which S and D of the diagnostics are measured."""
 
     def report(step: Step, outcome: Outcome, seen: Seen) -> TwoSidedDiagnostics:
         found = measure(step)
