@@ -1,5 +1,6 @@
 """Does a flat minimum go with accuracy? Rank correlations over the runs and over the methods of a comparison."""
 
+import csv
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ MEASURES = {"normalized_trace": "C(w)", "trace": "trace", "curvature": "vᵀHv",
 
 
 def mechanism(folder: Path) -> Path:
-    """Reads runs.csv of a comparison, and writes correlations.csv, correlations.md and mechanism.png beside it.
+    """Reads runs.csv and summary.csv of a comparison; writes correlations.csv, correlations.md and mechanism.png there.
 
     Three correlations of accuracy with each measure (Spearman's): of the methods' means; of the runs of one method,
     the mean over methods; and of both losses' difference, the gap, instead of accuracy, of the methods' means.
@@ -33,9 +34,17 @@ def mechanism(folder: Path) -> Path:
     titles = ("measure", "accuracy, over methods", "accuracy, within a method", "gap, over methods")
     text = markdown(titles, [(row["measure"], *(f"{row[key]:+.2f}" for key in list(row)[1:])) for row in rows])
     tables.replace(folder / "correlations.md", text)
-    plots.accuracy_over_flatness(dict(zip(arms, groups, strict=True)), folder / "mechanism.png")
+    plots.accuracy_over_flatness(
+        dict(zip(map(_labels(folder).__getitem__, arms), groups, strict=True)), folder / "mechanism.png"
+    )
     tables.show(text)
     return folder
+
+
+def _labels(folder: Path) -> dict[str, str]:
+    """What each arm is called in tables."""
+    with (folder / "summary.csv").open() as file:
+        return {row["arm"]: row["label"] for row in csv.DictReader(file)}
 
 
 def _correlations(field: str, label: str, groups: Sequence[Sequence[Result]]) -> dict[str, Any]:
