@@ -44,6 +44,7 @@ RANGES: dict[type, dict[str, Range]] = {
         "momentum": _BELOW_1, "warmup_epochs": _MAYBE_NONE, "ema": _BELOW_1, "sam.rho": _MAYBE_NONE,
         "asam.rho": _MAYBE_NONE, "asam.eta": _MAYBE_NONE, "crsam.rho": _MAYBE_NONE, "crsam.alpha": _MAYBE_NONE,
         "crsam.beta": _MAYBE_NONE, "crsam.offset": _MAYBE_NONE, "crsam.max_penalty_ratio": _MAYBE_NONE,
+        "msam.rho": _MAYBE_NONE, "s2sam.rho": _MAYBE_NONE, "late_start": _SHARE,
         "seed": Range(0, 2**31 - 1), "accumulate": _COUNT, "examples_per_class": _COUNT,
         "test_examples_per_class": _COUNT, "label_noise": _SHARE, "validation_fraction": _BELOW_1,
         "image_size": _COUNT,
