@@ -78,19 +78,23 @@ def accuracy_over_time(runs: Runs, path: Path) -> None:
 def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
     """Draws the mean accuracy of each arm over the median seconds of a run, with standard errors, and the front.
 
-    The front is what no other arm beats in both.
+    The front is what no other arm beats in both. An arm far below the first one stands at the lower edge as an arrow,
+    with its accuracy in the legend: a failure would press all others into one line.
     """
     points = [s for s in summaries if s["seconds"] is not None]
     if not points:
         return
+    lowest = _lowest_shown([s["test_accuracy"] for s in points])
     with plt.rc_context(style.SETTINGS):
         figure, axis = plt.subplots(figsize=(style.WIDTH, 4.4), layout="constrained")
         for number, (s, look) in enumerate(zip(points, itertools.cycle(_LOOKS), strict=False)):
             errors = {
                 f"{x}err": (s[f"{field}_std"] or 0) / np.sqrt(s["seeds"]) for x, field in zip("xy", _COST, strict=True)
             }
-            marker = "os^vDPX*"[number // len(_COLORS) % 8]
-            axis.errorbar(s["seconds"], s["test_accuracy"], **errors, fmt=marker, color=look["color"], label=s["label"])
+            height, marker, label = s["test_accuracy"], "os^vDPX*"[number // len(_COLORS) % 8], s["label"]
+            if height < lowest:
+                height, marker, errors["yerr"], label = lowest, r"$\downarrow$", 0, f"{label}: {height:.1f} %"
+            axis.errorbar(s["seconds"], height, **errors, marker=marker, ls="none", color=look["color"], label=label)
         best = front([(s["seconds"], s["test_accuracy"]) for s in points])
         axis.step(*zip(*best, strict=True), where="post", color="#bbbbbb", zorder=0)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
@@ -98,6 +102,11 @@ def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> No
         figure.legend(loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
         plt.close(figure)
+
+
+def _lowest_shown(accuracies: Sequence[float]) -> float:
+    """Twice as far below the first arm as the best is above it, and at least five points, in %."""
+    return accuracies[0] - max(5.0, 2 * (max(accuracies) - accuracies[0]))
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
