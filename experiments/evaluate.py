@@ -13,7 +13,7 @@ from experiments import ranges
 from experiments.configs import Run
 from experiments.data import imagenet
 from experiments.inputs import Batch, streamed_batches
-from experiments.loop import Evaluation, evaluate
+from experiments.judge import Evaluation, evaluate
 from experiments.progress import track
 from experiments.restore import Restored, restore
 
@@ -58,7 +58,7 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
 
 
 def _evaluated(restored: Restored, batches: Iterator[Batch], classes: jax.Array | None = None) -> Evaluation:
-    return evaluate(restored.program, restored.state.params, restored.state.model_state, batches, classes)
+    return evaluate(restored.program.judge, restored.state.params, restored.state.model_state, batches, classes)
 
 
 def _corruptions() -> list[str]:

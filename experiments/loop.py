@@ -10,8 +10,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.typing import ArrayLike
 from rich.console import Console
 
 from crsam_jax.curvature import normalized_hessian_trace
@@ -19,20 +17,13 @@ from experiments import scale
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Batch, Inputs
+from experiments.judge import evaluate
 from experiments.logs import EpochRow, Log, diagnostics
 from experiments.mismatch import Watch
 from experiments.optimizers import evaluations_per_step
 from experiments.program import Program, State, averaged
 from experiments.progress import Bar, Clock
 from experiments.recipes import Recipe
-
-
-class Evaluation(NamedTuple):
-    """Mean cross-entropy, accuracy in percent and expected calibration error, over all evaluation data."""
-
-    loss: float
-    accuracy: float
-    calibration_error: float
 
 
 class Training(NamedTuple):
@@ -102,16 +93,6 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
     return state, 0
 
 
-def evaluate(
-    program: Program, params: Any, model_state: Any, batches: Iterator[Batch], classes: ArrayLike | None = None
-) -> Evaluation:
-    """Evaluates a network over all batches; ``classes`` says which ones may be answered."""
-    sums = [np.asarray(program.evaluate(params, model_state, batch, classes), float) for batch in batches]
-    (loss, correct, examples), bins = np.split(np.sum(sums, axis=0), [3])
-    confidence, right, _ = bins.reshape(3, -1)
-    return Evaluation(loss / examples, 100 * correct / examples, float(np.sum(np.abs(confidence - right)) / examples))
-
-
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
     """Collects the first SIGTERM or SIGINT in a list, or one that was held back before; the second acts as ever."""
@@ -143,7 +124,7 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
     speed, waiting, epoch = clock.steps_per_second, clock.waiting_percent, step // per_epoch
     epochs = epoch - (epoch - 1) // run.evaluate_every * run.evaluate_every  # since the row before
     params, model_state = program.weights(state), state.model_state
-    test = evaluate(program, params, model_state, inputs.evaluation())
+    test = evaluate(program.judge, params, model_state, inputs.evaluation())
     row = EpochRow(
         epoch=epoch,
         step=step,
@@ -160,7 +141,7 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
     )
     if state.average is not None:
         params, model_state = averaged(state)
-        average = evaluate(program, params, model_state, inputs.evaluation())
+        average = evaluate(program.judge, params, model_state, inputs.evaluation())
         row = row._replace(**{f"average_{name}": value for name, value in average._asdict().items()})
     examples = inputs.examples(run.probe_examples) if run.probe_examples else None
     return row if examples is None else row._replace(**_measured(training, params, model_state, examples, row.epoch))
@@ -168,11 +149,11 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
 
 def _measured(training: Training, params: Any, model_state: Any, examples: Batch, epoch: int) -> dict[str, Any]:
     """Gradient norm, and curvature along the gradient; after the last epoch the Hessian's trace too."""
-    grad_norm, curvature = training.program.probe(params, model_state, examples)
+    grad_norm, curvature = training.program.judge.probe(params, model_state, examples)
     result = {"grad_norm": float(grad_norm), "curvature": float(curvature)}
     if training.run.trace_probes and epoch == training.recipe.epochs:
         trace = normalized_hessian_trace(
-            training.program.evaluation_loss, params, {"model_state": model_state, "batch": examples},
+            training.program.judge.loss, params, {"model_state": model_state, "batch": examples},
             key=jax.random.key(0), num_probes=training.run.trace_probes,
         )  # fmt: skip
         result |= {"trace": trace.trace.mean, "normalized_trace": trace.mean}

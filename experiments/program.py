@@ -1,4 +1,4 @@
-"""The compiled part of a training run: its state, one step and one evaluation, over a mesh of devices."""
+"""The compiled part of a training run: its state and one step, over a mesh of devices."""
 
 import dataclasses
 import functools
@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jax.typing import ArrayLike
 
 import crsam_jax
-from experiments.augment import augment, normalize
-from experiments.inputs import Batch, Signature, select
-from experiments.network import LossFn, make_network
+from experiments.augment import augment
+from experiments.inputs import Signature, select
+from experiments.judge import Judge, make_judge
+from experiments.network import LossFn, Network, make_network
 from experiments.optimizers import learning_rate, method_of, optimizer
 from experiments.overrides import changed, flat, from_settings
 from experiments.recipes import Recipe
@@ -27,12 +27,6 @@ TRACED = (
     "crsam.beta", "crsam.offset", "crsam.max_penalty_ratio", "msam.rho", "s2sam.rho",
 )  # fmt: skip
 """Numbers that the compiled step takes from the state, so that all their values share it."""
-
-BINS = 15
-"""Of confidence, equally wide, for the calibration error (Guo et al. 2017)."""
-
-PROBE_RHO = 0.05
-"""Distance at which curvature is measured after an epoch, the same for all methods."""
 
 
 class State(NamedTuple):
@@ -73,21 +67,16 @@ class Program(NamedTuple):
       init: from a seed to the first state.
       step: from a state (donated) and a feed to the next state.
       weights: from a state to the params to evaluate, average and export: without the shift of MSAM and S²-SAM.
-      evaluate: from params, model state, a batch, and which classes may be answered (or None: all), to sums over the
-        examples: loss, right answers, examples; then confidence, right answers and examples in each bin.
-      probe: from params, model state and a batch to the norm of the gradient and the curvature vᵀHv along it.
       loss_fn: the training loss, ``(params, model_state, images, labels) -> loss, (model state, right answers)``.
-      evaluation_loss: the loss in evaluation mode, ``(params, model_state, batch) -> loss``.
+      judge: what the network is judged by, the same functions for all methods.
       schedule: the learning rate of each step.
     """
 
     init: Callable[..., State]
     step: Any  # what jit returns: readiness lowers it
     weights: Callable[[State], Any]
-    evaluate: Callable[[Any, Any, Batch, ArrayLike | None], jax.Array]
-    probe: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
     loss_fn: LossFn
-    evaluation_loss: Callable[[Any, Any, Batch], jax.Array]
+    judge: Judge
     schedule: optax.Schedule
 
 
@@ -118,11 +107,15 @@ def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     return program._replace(init=init, schedule=learning_rate(recipe, signature.steps_per_epoch))
 
 
-@functools.lru_cache(maxsize=64)
+@functools.lru_cache(maxsize=32)  # on CPU a step of many kernels takes 150 MB and 1,200 of a process's 65,530 mappings
 def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
     recipe = from_settings(flat(json.loads(settings)))
     everywhere = NamedSharding(mesh, P())
-    network = make_network(recipe, signature, groups=mesh.size if recipe.batch_norm == "device" else 1)
+    alike = Recipe(
+        recipe.dataset, recipe.model, 1, 1, 0.0, 0.0, model_options=recipe.model_options, dtype=recipe.dtype,
+        batch_norm=recipe.batch_norm, accumulate=recipe.accumulate,
+    )  # fmt: skip
+    network, judge = _judged_network(json.dumps(dataclasses.asdict(alike)), signature, mesh)
     on_device = "none" if recipe.dataset == "imagenet2012" else recipe.augmentation  # ImageNet's is the pipeline's
 
     part = method_of(recipe).part
@@ -171,28 +164,20 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
             bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step),
         )
 
-    @partial(jax.jit, out_shardings=everywhere)
-    def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:
-        images, labels = batch
-        logits = network.logits(params, model_state, normalize(images, signature.mean, signature.std))
-        return _sums(logits if classes is None else jnp.where(classes, logits, -jnp.inf), labels)
-
-    def evaluation_loss(params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        logits = network.logits(params, model_state, normalize(batch[0], signature.mean, signature.std))
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
-
-    @partial(jax.jit, out_shardings=everywhere)
-    def probe(params: Any, model_state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
-        measure = crsam_jax.crsam_gradient(evaluation_loss, rho=PROBE_RHO, alpha=0.0, beta=0.0)
-        _, seen = measure(params, model_state=model_state, batch=batch)
-        return seen.grad_norm, seen.curvature
-
     schedule = learning_rate(recipe, signature.steps_per_epoch)
 
     def weights(state: State) -> Any:
         return unshifted(state.opt_state, state.params)
 
-    return Program(init, step, weights, evaluate, probe, network.loss_fn, evaluation_loss, schedule)
+    return Program(init, step, weights, network.loss_fn, judge, schedule)
+
+
+@functools.lru_cache(maxsize=32)
+def _judged_network(settings: str, signature: Signature, mesh: Mesh) -> tuple[Network, Judge]:
+    """The network of a recipe and what judges it, compiled once for all methods."""
+    recipe = from_settings(flat(json.loads(settings)))
+    network = make_network(recipe, signature, groups=mesh.size if recipe.batch_norm == "device" else 1)
+    return network, make_judge(network.logits, signature, mesh)
 
 
 def averaged(state: State) -> tuple[Any, Any]:
@@ -212,14 +197,3 @@ def _averaged(state: State, new: tuple[Any, Any]) -> optax.EmaState | None:
         return None
     _, average = optax.ema(state.numbers["ema"]).update(new, state.average)
     return average
-
-
-def _sums(logits: jax.Array, labels: jax.Array) -> jax.Array:
-    """What ``Program.evaluate`` returns, in one array; examples of the label −1 do not count."""
-    is_real = labels >= 0
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(is_real, labels, 0))
-    confidence, is_right = jnp.max(jax.nn.softmax(logits), -1), jnp.argmax(logits, -1) == labels
-    columns = jnp.stack([jnp.where(is_real, losses, 0), is_right & is_real, is_real])
-    in_bins = jnp.stack([jnp.where(is_real, confidence, 0), is_right & is_real, is_real])
-    bins = jnp.zeros((3, BINS)).at[:, jnp.minimum((confidence * BINS).astype(jnp.int32), BINS - 1)].add(in_bins)
-    return jnp.concatenate([jnp.sum(columns, axis=1), bins.ravel()])

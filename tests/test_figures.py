@@ -194,7 +194,7 @@ def test_the_measured_loss_is_that_of_evaluation_mode(folder):
     [last] = snapshots(run, signature, [2])
     program = make_program(run.recipe, signature, start(Run(devices=1)))
     images, labels = dataset.train
-    total, correct, count, *_ = program.evaluate(
+    total, correct, count, *_ = program.judge.evaluate(
         last.params, last.model_state, (jnp.asarray(images), jnp.asarray(labels)), None
     )
     losses, batch = network.losses_of(run.recipe, signature), network.examples(dataset.train, 1000, dataset)

@@ -11,11 +11,11 @@ import pytest
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import arms, program, recipes, scale
+from experiments import arms, judge, program, recipes, scale
 from experiments.augment import normalize
 from experiments.configs import Run
 from experiments.inputs import open_inputs
-from experiments.loop import evaluate
+from experiments.judge import evaluate
 from experiments.overrides import changed
 from experiments.program import averaged, make_program
 
@@ -97,7 +97,7 @@ def test_the_calibration_error_is_that_of_the_bins():
         inside = (low <= confidence) & (confidence < low + 1 / 15)
         if inside.any():
             error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    made = type("Made", (), {"evaluate": staticmethod(lambda p, s, batch, classes: program._sums(*batch))})
+    made = judge.Judge(lambda p, s, batch, classes: judge._sums(*batch), probe=None, loss=None)
     batches = [(jnp.asarray(logits[i : i + 100]), jnp.asarray(labels[i : i + 100])) for i in (0, 100)]
     found = evaluate(made, None, None, iter(batches))
     losses = -np.log(shares[np.arange(150), labels[:150]])
@@ -107,13 +107,13 @@ def test_the_calibration_error_is_that_of_the_bins():
 def test_the_probe_is_the_gradient_and_its_curvature():
     inputs, made = opened(RECIPE)
     state, batch = made.init(0), inputs.examples(20)
-    loss = lambda params: made.evaluation_loss(params, state.model_state, batch)
+    loss = lambda params: made.judge.loss(params, state.model_state, batch)
     gradient = jax.grad(loss)(state.params)
     norm = jnp.sqrt(sum(jnp.vdot(g, g) for g in jax.tree.leaves(gradient)))
     v = jax.tree.map(lambda g: g / norm, gradient)
     plus, minus = (loss(jax.tree.map(lambda w, v: w + rho * v, state.params, v)) for rho in (0.05, -0.05))
     curvature = (plus + minus - 2 * loss(state.params)) / 0.05**2
-    found = made.probe(state.params, state.model_state, batch)
+    found = made.judge.probe(state.params, state.model_state, batch)
     assert [float(x) for x in found] == pytest.approx([float(norm), float(curvature)], rel=0.01)
 
 
