@@ -6,6 +6,7 @@ import multiprocessing
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from experiments import ranges, runs
 from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import signature_of
-from experiments.interruptions import held_back, raised
+from experiments.interruptions import end_with_parent, held_back, raised
 from experiments.logs import EpochRow, read_epochs
 from experiments.methods import METHODS
 from experiments.overrides import flat
@@ -141,7 +142,11 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
 
 
 def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
-    """Carries out jobs in several processes. Ctrl-C reaches all: each of them saves its run, and here it is raised."""
+    """Carries out jobs in several processes. At a signal each of them saves its run, and here it is raised.
+
+    Raises:
+      ChildProcessError: if one of them is gone.
+    """
     with _pool(processes) as pool:
         try:
             with held_back():  # also in the processes that start here, until they train
@@ -149,8 +154,15 @@ def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: C
             with raised():
                 for future in as_completed(futures):
                     show(future.result())
-        except BaseException:
+        except BaseException as error:
             pool.shutdown(cancel_futures=True)
+            if isinstance(error, SystemExit):
+                print("Terminated: what was training is saved. The same command goes on from there.")
+            if isinstance(error, BrokenProcessPool):
+                raise ChildProcessError(
+                    "a process that trained was killed, perhaps for want of memory. The same command goes on from "
+                    "there; with fewer --processes it takes less."
+                ) from error
             raise
 
 
@@ -181,6 +193,7 @@ def _pool(processes: int) -> ProcessPoolExecutor:
 
 def _start_process(cores: Any, cache_dir: str | None) -> None:
     """Binds a new process to one core, before jax counts them."""
+    end_with_parent()
     quiet_libraries()
     core = cores.get()
     if core is not None:

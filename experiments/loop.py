@@ -95,8 +95,12 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
 
 @contextlib.contextmanager
 def caught_signals() -> Iterator[list[int]]:
-    """Collects the first SIGTERM or SIGINT in a list, or one that was held back before; the second acts as ever."""
+    """Collects the first SIGTERM or SIGINT in a list, or one that was held back before; the second acts as ever.
+
+    What comes within a second of the first is the same one, sent to this process and passed on to it.
+    """
     caught: list[int] = []
+    heard = 0.0
     kinds = (signal.SIGTERM, signal.SIGINT)
     before = {kind: signal.getsignal(kind) for kind in kinds}
 
@@ -105,8 +109,13 @@ def caught_signals() -> Iterator[list[int]]:
             signal.signal(kind, handler)
 
     def catch(number: int, frame: object) -> None:
-        caught.append(number)
-        restore()
+        nonlocal heard
+        if not caught:
+            caught.append(number)
+            heard = time.monotonic()
+        elif time.monotonic() - heard > 1:
+            restore()
+            signal.raise_signal(number)
 
     for kind in kinds:
         signal.signal(kind, catch)

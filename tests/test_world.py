@@ -6,6 +6,7 @@ import resource
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -226,3 +227,64 @@ def test_ctrl_c_with_worker_processes_saves_the_run(seconds, data_dir, tmp_path,
     )  # fmt: skip
     output, error = interrupted(arguments, seconds, cache_folder)
     assert error == "error: interrupted\n" or (not error and "The same command goes on from there." in output)
+
+
+# Processes
+
+
+def several(tmp_path, cache_folder):
+    """Two processes that train; ends once both of them do."""
+    options = ("--methods", "base", "sam", "--seeds", "1", "--processes", "2", "--out", tmp_path)
+    process = start(("compare", "digits-convnet", *LONG, *options), cache_folder, start_new_session=True)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.glob("*/metrics.csv"))) < 2 or any(
+        len(path.read_text().splitlines()) < 3 for path in tmp_path.glob("*/metrics.csv")
+    ):
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.1)
+    children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+    assert len(children) >= 2
+    return process, children
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in pids):
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("everybody", [False, True])
+def test_sigterm_to_one_process_or_to_all_saves_every_run_and_leaves_none_behind(everybody, tmp_path, cache_folder):
+    process, children = several(tmp_path, cache_folder)
+    if everybody:  # as a batch system does
+        os.killpg(process.pid, signal.SIGTERM)
+    else:
+        process.terminate()
+    output, error = process.communicate(timeout=120)
+    assert process.returncode == 128 + signal.SIGTERM
+    assert not error
+    assert output.endswith("Terminated: what was training is saved. The same command goes on from there.\n")
+    wait_until_gone(children)
+    assert [len(list(path.iterdir())) for path in tmp_path.glob("*/checkpoints")] == [1, 1]
+
+
+@pytest.mark.slow
+def test_processes_whose_parent_is_killed_end(tmp_path, cache_folder):
+    process, children = several(tmp_path, cache_folder)
+    process.kill()
+    process.communicate()
+    wait_until_gone(children)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_one_line(tmp_path, cache_folder):
+    process, children = several(tmp_path, cache_folder)
+    os.kill(children[-1], signal.SIGKILL)
+    _, error = process.communicate(timeout=120)
+    assert process.returncode == 1
+    [line] = error.splitlines()
+    assert line.startswith("error: a process that trained was killed, perhaps for want of memory.")
+    wait_until_gone(children)
