@@ -31,7 +31,6 @@ _PANELS = {
     "train_loss": "training loss",
 }
 
-_COST = ("seconds", "test_accuracy")
 
 Runs = Mapping[str, Sequence[Sequence[EpochRow]]]
 """From an arm's label to the epochs of each of its seeds."""
@@ -76,26 +75,25 @@ def accuracy_over_time(runs: Runs, path: Path) -> None:
 
 
 def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draws the mean accuracy of each arm over the median seconds of a run, with standard errors, and the front.
+    """Draws the mean accuracy of each arm, with its standard error, over the quartiles of seconds of a run; the front.
 
     The front is what no other arm beats in both. An arm far below the first one stands at the lower edge as an arrow,
     with its accuracy in the legend: a failure would press all others into one line.
     """
-    points = [s for s in summaries if s["seconds"] is not None]
+    points = [s for s in summaries if s["seconds_median"] is not None]
     if not points:
         return
     lowest = _lowest_shown([s["test_accuracy"] for s in points])
     with plt.rc_context(style.SETTINGS):
         figure, axis = plt.subplots(figsize=(style.WIDTH, 4.4), layout="constrained")
         for number, (s, look) in enumerate(zip(points, itertools.cycle(_LOOKS), strict=False)):
-            errors = {
-                f"{x}err": (s[f"{field}_std"] or 0) / np.sqrt(s["seeds"]) for x, field in zip("xy", _COST, strict=True)
-            }
+            seconds, error = s["seconds_median"], (s["test_accuracy_std"] or 0) / np.sqrt(s["seeds"])
+            spread = [[seconds - s["seconds_low"]], [s["seconds_high"] - seconds]]
             height, marker, label = s["test_accuracy"], "os^vDPX*"[number // len(_COLORS) % 8], s["label"]
             if height < lowest:
-                height, marker, errors["yerr"], label = lowest, r"$\downarrow$", 0, f"{label}: {height:.1f} %"
-            axis.errorbar(s["seconds"], height, **errors, marker=marker, ls="none", color=look["color"], label=label)
-        best = front([(s["seconds"], s["test_accuracy"]) for s in points])
+                height, marker, error, label = lowest, r"$\downarrow$", 0, f"{label}: {height:.1f} %"
+            axis.errorbar(seconds, height, error, spread, marker=marker, ls="none", color=look["color"], label=label)
+        best = front([(s["seconds_median"], s["test_accuracy"]) for s in points])
         axis.step(*zip(*best, strict=True), where="post", color="#bbbbbb", zorder=0)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
         style.plain_log_ticks(axis.xaxis)

@@ -63,10 +63,11 @@ def write_summary(
 def summarize(results: Results, labels: Mapping[str, str], against: str, detect: float) -> list[dict[str, Any]]:
     """One row an arm.
 
-    It has mean and sample standard deviation (``_std``) of each number in :class:`Result`; ``failed``, how many losses
-    were not finite (they count, as a guess); ``relative_time`` of a step, the medians' ratio to the reference; the
-    ``difference`` of the accuracies to the reference's, in points, seed by seed, with an interval (all of a table's
-    hold together with 95 %); and ``seeds_needed`` to find one of ``detect`` points with a probability of 80 %.
+    It has mean and sample standard deviation (``_std``) of each number in :class:`Result`; the quartiles of
+    ``seconds``, which other work disturbs; ``failed``, how many losses were not finite (they count, as a guess);
+    ``relative_time`` of a step, the medians' ratio to the reference; the ``difference`` of the accuracies to the
+    reference's, in points, seed by seed, with an interval (all of a table's hold together with 95 %); and
+    ``seeds_needed`` to find one of ``detect`` points with a probability of 80 %.
     """
     reference = {row.seed: row.test_accuracy for row in results.get(against, [])}
     base_time = _median(results.get(against, []), "seconds_per_step")
@@ -77,6 +78,7 @@ def summarize(results: Results, labels: Mapping[str, str], against: str, detect:
         for field in _FIELDS:
             values = _known(rows, field)
             summary[field], summary[f"{field}_std"] = mean_and_deviation(values) if values else (None, None)
+        summary |= zip(("seconds_low", "seconds_median", "seconds_high"), _quartiles(rows, "seconds"), strict=True)
         time = _median(rows, "seconds_per_step")
         summary["relative_time"] = time / base_time if time and base_time else None
         difference = paired({row.seed: row.test_accuracy for row in rows}, reference, comparisons)
@@ -127,6 +129,13 @@ def _known(rows: Sequence[Result], field: str) -> list[float]:
 def _median(rows: Sequence[Result], field: str) -> float | None:
     values = _known(rows, field)
     return statistics.median(values) if values else None
+
+
+def _quartiles(rows: Sequence[Result], field: str) -> tuple[float | None, ...]:
+    values = _known(rows, field)
+    if len(values) < 2:
+        return (_median(rows, field),) * 3
+    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
 
 
 def _text(value: float | None, form: str) -> str:

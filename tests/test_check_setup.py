@@ -28,6 +28,9 @@ RIGHT = {
     "decoupled": crsam_jax.decoupled_wsam(LOSS_FN, SGD, 0.1),
     "random probes": optax.chain(crsam(LOSS_FN, probes=crsam_jax.random_probes(radius=0.1)), SGD),
     "accumulation": optax.chain(sam(LOSS_FN), optax.MultiSteps(SGD, 4).gradient_transformation()),
+    "late in a chain": optax.chain(late(crsam(LOSS_FN), 2), SGD),
+    "msam": crsam_jax.msam(SGD),
+    "clipping before s2sam": optax.chain(optax.clip_by_global_norm(1.0), crsam_jax.s2sam(SGD)),
     "injected": optax.inject_hyperparams(sam, static_args="loss_fn")(LOSS_FN, rho=0.05),
 }
 
@@ -62,6 +65,18 @@ CHAINS = {
     "turned": (optax.chain(optax.scale(-1.0), sam(LOSS_FN), SGD), "does not fit the losses that it sees"),
     "inside": (optax.MultiSteps(optax.chain(sam(LOSS_FN), SGD), 4).gradient_transformation(), "MultiSteps stands"),
     "no optimizer": (optax.chain(sam(LOSS_FN), optax.clip_by_global_norm(1.0)), "The updates point uphill"),
+    "a policy around a chain": (periodic(optax.chain(crsam(LOSS_FN), SGD), 2), "a policy stands around a whole chain"),
+    "a policy around a chain, in one": (
+        optax.chain(periodic(optax.chain(crsam(LOSS_FN), SGD), 2), optax.clip_by_global_norm(1.0)),
+        "a policy stands around a whole chain",
+    ),
+    "two methods": (optax.chain(sam(LOSS_FN), crsam(LOSS_FN), SGD), "holds 2 sharpness-aware methods"),
+    "behind msam": (optax.chain(crsam_jax.msam(SGD), SGD), "stands behind msam or s2sam"),
+    "clipping behind s2sam": (optax.chain(crsam_jax.s2sam(SGD), optax.clip(0.1)), "stands behind msam or s2sam"),
+    "nothing to perturb": (
+        optax.chain(sam(LOSS_FN, mask=jax.tree.map(lambda _: False, PARAMS)), SGD),
+        "a mask leaves nothing to perturb",
+    ),
     "no method": (SGD, "holds no sharpness-aware method"),
     "another loss": (
         optax.chain(TWICE, SGD),
@@ -93,6 +108,28 @@ def test_a_loss_that_is_not_the_same_twice():
     loss_fn = lambda params, batch: LOSS_FN(params, batch) * rng.uniform(0.5, 1.5)
     with pytest.raises(ValueError, match="for the same arguments"):
         check(sam(loss_fn), loss_fn)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_rounding_is_no_other_loss(seed):
+    """Loss and value_and_grad, run operation by operation, may differ in the last bits; a loss twice may not."""
+    keys = jax.random.split(jax.random.key(seed), 3)
+    params = {"a": jax.random.normal(keys[0], (64, 128)) / 8, "b": jax.random.normal(keys[1], (128, 10)) / 11}
+    x, labels = jax.random.normal(keys[2], (100, 64)), jnp.arange(100) % 10
+
+    def loss_fn(params, x):
+        hidden = x @ params["a"]
+        hidden = jax.nn.relu((hidden - hidden.mean(0)) / jnp.sqrt(hidden.var(0) + 1e-5))
+        hidden = jnp.where(jax.random.bernoulli(keys[0], 0.8, hidden.shape), hidden / 0.8, 0)
+        return optax.softmax_cross_entropy_with_integer_labels(hidden @ params["b"], labels).mean()
+
+    loss, grads = jax.jit(jax.value_and_grad(loss_fn))(params, x)
+    check_setup(optax.chain(crsam(loss_fn), SGD), loss_fn, params, grads=grads, loss=loss, x=x)
+
+
+def test_it_says_that_it_does_not_belong_under_jit():
+    with pytest.raises(TypeError, match="call it outside, once"):
+        jax.jit(lambda params: check_setup(sam(LOSS_FN), LOSS_FN, params, batch=BATCH))(PARAMS)
 
 
 def test_a_derivative_of_its_own_making():

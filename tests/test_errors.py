@@ -17,6 +17,7 @@ from crsam_jax import (
     crsam_gradient,
     gradient_norm_penalty,
     gsam,
+    late,
     msam,
     sam,
     sparse_ascent,
@@ -300,3 +301,41 @@ def test_other_arguments_do_not_warn(given):
         sam(lambda params, scale=1.0, **rest: jnp.sum(params["w"])).update(
             PARAMS, tx.init(PARAMS), PARAMS, scael=1.0
         )  # it gets it
+
+
+# What a first try gets wrong
+
+
+def test_an_optimizer_in_the_place_of_a_number_is_an_error_that_shows_the_chain():
+    with pytest.raises(TypeError, match=r"rho must be a real number, got an optimizer.*optax.chain\(sam\(loss_fn\)"):
+        sam(loss_fn, optax.sgd(0.1))
+
+
+def test_a_fraction_without_the_total_is_an_error_that_names_it():
+    with pytest.raises(TypeError, match=r"got 0\.85; a fraction needs total_steps too"):
+        late(sam(loss_fn), 0.85)
+
+
+def test_a_loss_that_takes_arguments_by_position_is_told_that_they_come_by_name():
+    def starred(params, *batch):
+        return jnp.sum(params["w"] * batch[0])
+
+    tx = sam(starred)
+    with pytest.raises(IndexError) as caught:
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+    assert "*batch, which gets nothing" in caught.value.__notes__[0]
+
+
+def test_a_loss_that_calls_params_as_a_model_is_told_what_it_gets():
+    class Tree(dict):
+        pass
+
+    jax.tree_util.register_pytree_node(
+        Tree,
+        lambda tree: (tuple(tree.values()), tuple(tree)),
+        lambda keys, leaves: Tree(zip(keys, leaves, strict=True)),
+    )
+    tx, params = sam(lambda model, x: jnp.sum(model(x))), Tree(PARAMS)
+    with pytest.raises(TypeError, match="object is not callable") as caught:
+        tx.update(params, tx.init(params), params, x=1.0)
+    assert "not as a model" in caught.value.__notes__[0]

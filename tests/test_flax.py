@@ -9,7 +9,7 @@ from flax import linen as nn
 from flax import nnx
 from flax.training import train_state
 
-from crsam_jax import Execution, crsam, sam
+from crsam_jax import Execution, crsam, eval_params, msam, sam
 from tests.problems import flat
 
 RNG = np.random.default_rng(0)
@@ -184,3 +184,24 @@ def test_a_rest_of_another_pass_betrays_itself_in_the_loss():
     _, wrong = tx.update(grads, tx.init(params), params, rest=after)
     assert right.diagnostics.loss == loss
     assert abs(wrong.diagnostics.loss - loss) > 1e-3
+
+
+def test_nnx_with_an_optimizer_that_shifts_the_params():
+    """The weights without the shift are those of a plain loop over the split-off params."""
+    make = lambda: nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    loss_fn = lambda model: cross_entropy(model(BATCH[0]), BATCH[1])
+    tx = optax.chain(optax.clip_by_global_norm(1.0), msam(optax.adam(0.1), rho=0.5))
+    model = make()
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    graphdef, params = nnx.split(make())
+    state = tx.init(params)
+    for _ in range(3):
+        optimizer.update(model, nnx.grad(loss_fn)(model))
+        grads = jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params)))(params)
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    held = nnx.state(model, nnx.Param)
+    found = eval_params(optimizer.opt_state, held)
+    assert jax.tree.structure(found) == jax.tree.structure(held)
+    np.testing.assert_allclose(flat(found), flat(eval_params(state, params)), rtol=1e-5)
+    assert np.linalg.norm(flat(found) - flat(held)) == pytest.approx(0.5, rel=1e-4)

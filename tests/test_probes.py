@@ -102,14 +102,14 @@ def test_no_conditional_is_left_in_the_compiled_program(name):
     assert " conditional(" not in compiled_step(name).as_text()
 
 
-def test_auto_is_sequential_on_cpu():
+def test_auto_batches_nothing_on_cpu():
     count = {evaluation: dots(compiled_step("crsam", evaluation)) for evaluation in STRATEGIES}
     if jax.default_backend() == "cpu":
         assert count["auto"] == count["sequential"]
     assert count["vmap"] < count["sequential"]
 
 
-def test_auto_orders_the_evaluations_off_the_cpu_and_chooses_at_lowering():
+def test_auto_orders_the_evaluations_by_barriers_off_the_cpu():
     loss_fn, params, batch = mlp()
     tx = crsam(loss_fn)
     traced = jax.jit(train_step(tx, loss_fn)).trace(params, tx.init(params), batch)

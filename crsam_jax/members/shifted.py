@@ -77,7 +77,8 @@ def eval_params(opt_state: Any, params: Params) -> Params:
     """The params w without the shift, to evaluate, average and export.
 
     Args:
-      opt_state: an optimizer state with :func:`msam` or :func:`s2sam` in it, wherever that stands in it.
+      opt_state: an optimizer state with :func:`msam` or :func:`s2sam` in it, wherever that stands in it, that of an
+        ``nnx.Optimizer`` too.
       params: w̃, those that belong to ``opt_state``.
 
     Returns:
@@ -103,7 +104,7 @@ def eval_params(opt_state: Any, params: Params) -> Params:
     if not found:
         raise ValueError("opt_state holds no state of msam or s2sam, so params are not shifted.")
     for state in found:
-        params = _without(params, _perturbation(state.memory, state.shift))
+        params = _without(params, _like(params, _perturbation(state.memory, state.shift)))
     return params
 
 
@@ -217,6 +218,13 @@ def _without(params: Params, perturbation: Params) -> Params:
         return (trees.widen(shifted) - e).astype(jnp.result_type(shifted))
 
     return jax.tree.map(subtract, perturbation, params, is_leaf=is_hidden)
+
+
+def _like(params: Params, perturbation: Params) -> Params:
+    """The perturbation in the nodes of params: those of an nnx.Optimizer's state are variables of another kind."""
+    (leaves, _), (others, structure) = jax.tree.flatten(perturbation), jax.tree.flatten(params)
+    is_alike = list(map(jnp.shape, leaves)) == list(map(jnp.shape, others))
+    return jax.tree.unflatten(structure, leaves) if is_alike else perturbation
 
 
 def _check(name: str, grads: Params, params: Params) -> None:

@@ -78,8 +78,10 @@ def late(
     return policy(tx, begin)
 
 
-def _first_full_step(start: float, total_steps: int | None) -> int:
+def _first_full_step(start: Any, total_steps: int | None) -> int:
     if total_steps is None:
+        if isinstance(start, float):
+            raise TypeError(f"start must be a whole number, got {start!r}; a fraction needs total_steps too.")
         check_whole_number("start", start, at_least=0)
         return int(start)
     check_whole_number("total_steps", total_steps, at_least=1)

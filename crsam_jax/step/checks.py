@@ -11,6 +11,8 @@ import optax
 
 from crsam_jax.step.types import ScalarOrSchedule
 
+STAND_BEFORE = "These transformations do not wrap one but stand before it: optax.chain(sam(loss_fn), optax.sgd(0.1))."
+
 
 def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     """Checks that a constant is a number in [0, below); tracers pass, their value is not known yet.
@@ -26,6 +28,8 @@ def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
             raise TypeError
         number = float(value)
     except (TypeError, ValueError) as error:
+        if isinstance(value, optax.GradientTransformation):
+            raise TypeError(f"{name} must be a real number, got an optimizer. {STAND_BEFORE}") from None
         raise TypeError(f"{name} must be a real number, got {value!r}.") from error
     if not (0 <= number < below and math.isfinite(number)):
         bounds = "finite and not negative" if math.isinf(below) else f"in [0, {below:g})"

@@ -46,13 +46,7 @@ def _evaluate(value_and_grad: ValueAndGrad, points: Sequence[Params], strategy: 
             return _vmapped(value_and_grad, points)
         case "sequential":
             return _sequential(value_and_grad, points)
-        case "ordered":
-            return _ordered(value_and_grad, points)
-    return jax.lax.platform_dependent(
-        *points,
-        cpu=lambda *points: _sequential(value_and_grad, points),
-        default=lambda *points: _ordered(value_and_grad, points),
-    )
+    return _ordered(value_and_grad, points)
 
 
 def _vmapped(value_and_grad: ValueAndGrad, points: Sequence[Params]) -> list[Evaluation]:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crsam_jax.step.checks import kind_of
+from crsam_jax.step.checks import STAND_BEFORE, kind_of
 from crsam_jax.step.types import LossFn
 
 # Arguments that optax's own transformations exchange; they may describe another loss.
@@ -46,6 +46,7 @@ class LossBinder:
         self._has_aux = has_aux
         self._call = call
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
+        self._starred = _starred(loss_fn)
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
         if taken:
             raise TypeError(
@@ -71,6 +72,15 @@ class LossBinder:
                         "params reached loss_fn as one flat vector. If an optax.flatten stands around this "
                         "transformation, move it behind it in the chain: the loss needs the whole tree of "
                         "parameters (mask= perturbs only part of it)."
+                    )
+                if f"'{type(params).__name__}' object is not callable" in str(error):
+                    error.add_note(
+                        "params reaches loss_fn as the tree that init got, not as a model: apply the model to it "
+                        "inside loss_fn, with nnx.merge(graphdef, params, ...) for instance."
+                    )
+                if self._starred:
+                    error.add_note(
+                        f"loss_fn takes *{self._starred}, which gets nothing: all arguments are passed by name."
                     )
                 raise
             return _checked_loss(result, self._has_aux)
@@ -169,12 +179,15 @@ def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
     return required, optional, takes_all
 
 
+def _starred(loss_fn: LossFn) -> str:
+    """The name of what takes further arguments by position, if params is not among them; else nothing."""
+    _, *others = inspect.signature(loss_fn).parameters.values()
+    return next((p.name for p in others if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+
+
 def _not_callable_message(loss_fn: Any) -> str:
     if isinstance(loss_fn, optax.GradientTransformation):
-        return (
-            "loss_fn must be callable, got an optimizer. These transformations do not wrap one but stand before it: "
-            "optax.chain(sam(loss_fn), optax.sgd(0.1))."
-        )
+        return f"loss_fn must be callable, got an optimizer. {STAND_BEFORE}"
     hint = ""
     if isinstance(loss_fn, (jax.Array, np.ndarray, float)):
         hint = (

@@ -7,18 +7,22 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from crsam_jax.members.shifted import OneEvaluationState
 from crsam_jax.step import trees
 from crsam_jax.step.checks import check_gradient
 from crsam_jax.step.diagnostics import AscentOnlyDiagnostics
 from crsam_jax.step.loss import LossBinder, checked_loss
 from crsam_jax.step.transformation import SharpnessAwareState
-from crsam_jax.step.types import Loss, LossFn, Params
+from crsam_jax.step.types import LossFn, Params
 
 _TOLERANCE = 0.02
 """What two programs for one number may differ by: that of the user may compute in half precision, fused otherwise."""
 
 _SAME = 1e-4
 """What two norms of one gradient may differ by."""
+
+_SAME_PROGRAM = 1e-5
+"""What one program may differ by from run to run, where sums have no fixed order; in half precision, two roundings."""
 
 
 def check_setup(
@@ -34,9 +38,10 @@ def check_setup(
     """Tries an optimizer out for one step, and says what is wrong; to be called once, outside of ``jit``.
 
     It finds a gradient or loss that is not that of ``loss_fn``, a loss that is not the same twice, a transformation
-    before the method that changes the gradient, an ``optax.MultiSteps`` around it, a step that fell back on g, a loss
-    whose gradient is not its derivative, and a chain that goes uphill. A few evaluations; nothing is changed. There is
-    no axis here: a set-up with ``axis_name`` is checked without it.
+    before the method that changes the gradient, a second method, an ``optax.MultiSteps`` around it, a policy around a
+    whole chain, a step that fell back on g, a loss whose gradient is not its derivative, and a chain that goes uphill;
+    of ``msam`` and ``s2sam``, the first two, and a transformation behind them. A few evaluations; nothing is changed.
+    There is no axis here: a set-up with ``axis_name`` is checked without it.
 
     Args:
       tx: what a member of the family returned, a policy around it, or a whole chain.
@@ -50,7 +55,7 @@ def check_setup(
 
     Raises:
       ValueError: listing all that is wrong.
-      TypeError: where ``update`` raises it, for instance if an argument of ``loss_fn`` is missing.
+      TypeError: where ``update`` raises it, for instance if an argument of ``loss_fn`` is missing; and under ``jit``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, crsam_jax
@@ -67,10 +72,13 @@ def check_setup(
       - The gradient's norm is 5 where it enters the chain and 1 where it reaches the method: a transformation before \
 it (clipping, weight decay, an optimizer) changes it. Put the method first.
     """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((params, grads, loss, kwargs))):
+        raise TypeError("check_setup looks at numbers, which are not known under jit: call it outside, once.")
     bound = LossBinder(loss_fn, has_aux, call="check_setup(tx, loss_fn, params, {})")(kwargs)
     value, expected = jax.value_and_grad(bound)(params)
+    again, _ = jax.value_and_grad(bound)(params)
     found = [
-        *_of_loss(bound, params, value, checked_loss(loss)),
+        *_of_loss(value, again, checked_loss(loss)),
         *([] if grads is None else _of_gradient(grads, expected)),
         *_of_step(tx, params, value, expected, kwargs),
     ]
@@ -78,11 +86,10 @@ it (clipping, weight decay, an optimizer) changes it. Put the method first.
         raise ValueError("\n- ".join(["This set-up is wrong:", *found]))
 
 
-def _of_loss(bound: Loss, params: Params, value: jax.Array, given: Any) -> Iterator[str]:
-    again = bound(params)
-    if again != value:
+def _of_loss(value: jax.Array, again: jax.Array, given: Any) -> Iterator[str]:
+    if jnp.abs(again - value) > max(_SAME_PROGRAM, 2 * float(jnp.finfo(value.dtype).eps)) * jnp.abs(value):
         yield (
-            f"loss_fn returned {value:g} and then {again:g} for the same arguments: it must be a function of them "
+            f"loss_fn returned {value:.9g} and then {again:.9g} for the same arguments: it must be a function of them "
             "alone. Pass random keys and model state as arguments."
         )
     elif given is not None and not _is_close(given, value):
@@ -119,8 +126,22 @@ def _of_gradient(grads: Params, expected: Params) -> Iterator[str]:
 
 def _of_step(tx: Any, params: Params, value: jax.Array, grads: Params, kwargs: dict[str, Any]) -> Iterator[str]:
     before = tx.init(params)
-    if not _members(before):
+    members = _members(before)
+    if _nodes(before, OneEvaluationState):
+        if _is_chain(before) and not isinstance(jax.tree.leaves(before, is_leaf=_is_shifted)[-1], OneEvaluationState):
+            yield (
+                "A transformation stands behind msam or s2sam, whose updates hold the shift of the params too and must "
+                "not be changed. They are the whole optimizer: put it before them, or into the optimizer they wrap."
+            )
+        return
+    if not members:
         yield "tx holds no sharpness-aware method: its state has no SharpnessAwareState."
+        return
+    if len(members) > 1:
+        yield (
+            f"tx holds {len(members)} sharpness-aware methods, one behind the other: all but the first would take a "
+            "method's result for the gradient of the loss. Keep one of them."
+        )
         return
     if any(_members(node.inner_opt_state) for node in _nodes(before, optax.MultiStepsState)):
         yield (
@@ -128,12 +149,20 @@ def _of_step(tx: Any, params: Params, value: jax.Array, grads: Params, kwargs: d
             "alone. Write optax.chain(method, optax.MultiSteps(base, k).gradient_transformation())."
         )
         return
+    update, has_policy = optax.with_extra_args_support(tx).update, _has_policy(before)
     # Only a policy takes ``full_step``; for all others it would be an unknown argument.
-    choice = {"full_step": True} if _has_policy(before) else {}
-    updates, after = optax.with_extra_args_support(tx).update(grads, before, params, **kwargs, **choice)
-    for member in _members(after):
-        yield from _of_member(member, value, trees.norm(grads))
-    if _is_chain(after) and trees.dot(updates, grads) > 0:
+    choice = {"full_step": True} if has_policy else {}
+    updates, after = update(grads, before, params, **kwargs, **choice)
+    yield from _of_member(_members(after)[0], value, trees.norm(grads))
+    is_uphill = trees.dot(updates, grads) > 0
+    if has_policy:
+        plain, _ = update(grads, before, params, **kwargs, full_step=False)
+        if not is_uphill and trees.dot(plain, grads) > 0:
+            yield (
+                "The updates point uphill between the full steps: a policy stands around a whole chain, and there it "
+                "returns the gradient itself. Wrap the method alone: optax.chain(periodic(method, 2), optimizer)."
+            )
+    if _is_chain(after) and is_uphill:
         yield (
             "The updates point uphill: nothing behind the method turns its gradient into a step downhill, or it is "
             "done twice. End the chain with an optimizer, such as optax.sgd(learning_rate)."
@@ -162,8 +191,8 @@ def _of_member(member: SharpnessAwareState, value: jax.Array, grad_norm: jax.Arr
         )
     if seen.guarded_steps:
         yield (
-            "The step fell back: the gradient is zero or not finite, or a loss or gradient at distance rho is not "
-            "finite, or the penalty's logarithm is not defined there."
+            "The step fell back: the gradient is zero or not finite, or a mask leaves nothing to perturb, or a loss or "
+            "gradient at distance rho is not finite, or the penalty's logarithm is not defined there."
         )
 
 
@@ -182,6 +211,11 @@ def _nodes(state: Any, kind: Any) -> list[Any]:
 
 def _members(state: Any) -> list[Any]:
     return _nodes(state, SharpnessAwareState)
+
+
+def _is_shifted(state: Any) -> bool:
+    """Whether it is the state of msam or s2sam; states without numbers, of clipping for instance, stay nodes too."""
+    return isinstance(state, OneEvaluationState) or state == ()
 
 
 def _is_policy(state: Any) -> bool:
