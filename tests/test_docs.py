@@ -34,3 +34,10 @@ def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 130
     assert max(map(len, lines)) <= 120
+
+
+def test_no_placeholder_is_left():
+    """A word in capitals alone on a line was to be replaced by what a command prints."""
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    left = [page.name for page in pages for line in page.read_text().splitlines() if re.fullmatch("[A-Z_]{4,}", line)]
+    assert not left

@@ -16,7 +16,7 @@ class Execution:
         activations is alive at a time, SAM's memory. ``"sequential"``: one plain evaluation a point, which the compiler
         may overlap. ``"vmap"``: all points in one batched evaluation; batching over params makes grouped
         convolutions and batched matrix products of what were plain ones, and takes the memory of all points at once.
-        ``"auto"``: what measurements favour, which today is ``"ordered"`` on every platform (docs/explanation/cost.md).
+        ``"auto"``: what measurements favour, which today is ``"ordered"`` on every platform.
       axis_name: axis of ``shard_map`` or ``pmap`` over which losses and gradients of the points are averaged; the
         incoming gradient must be averaged already. Not needed under ``jit`` with sharded arrays.
       sync_perturbation: under ``axis_name``: ``True``: one perturbation for all, from averaged gradients. ``False``,
