@@ -8,7 +8,8 @@ project_copyright = "The crsam_jax authors, Apache-2.0"
 release = version = version_of("crsam_jax")
 
 extensions = ["myst_nb", "sphinx.ext.autodoc", "sphinx.ext.mathjax", "sphinx.ext.napoleon", "sphinx.ext.viewcode"]
-exclude_patterns = ["digits/table.md", "figures/table3.md", "study/*/*.md", "study/*/*/*.md"]  # written by commands, and shown on pages
+# Written by commands, and shown on pages.
+exclude_patterns = ["digits/table.md", "figures/table3.md", "study/*/*.md", "study/*/*/*.md"]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|jax|numpy|optax|typing)\..*"),
