@@ -57,7 +57,6 @@ def _small_vit() -> Recipe:
     return dataclasses.replace(
         recipe, examples_per_class=100, validation_fraction=0.1, test_examples_per_class=500,
         model_options={"width": 48, "depth": 3, "num_heads": 3, "patch_size": 7},
-        crsam=dataclasses.replace(recipe.crsam, strategy="sequential"),
     )  # fmt: skip
 
 
