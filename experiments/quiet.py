@@ -10,12 +10,14 @@ _TOLD = "Event loop is closed"  # by the first error, so that all others find it
 
 
 def quiet_libraries() -> None:
-    """What goes wrong in a checkpoint is raised; orbax and tensorstore print it as tracebacks besides.
+    """What goes wrong in a checkpoint is raised; orbax, tensorstore and asyncio print it as tracebacks besides.
 
     A compiled program that cannot be kept, or was cut off by a full disk, is compiled again, which needs no warning.
     """
-    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # after the first error
     # What data workers leave in shared memory is freed by a process of its own, which reads its filters from here.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
     sys.excepthook, sys.unraisablehook = _show, _show_unraisable
