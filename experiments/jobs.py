@@ -157,7 +157,8 @@ def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: C
         except BaseException as error:
             pool.shutdown(cancel_futures=True)
             if isinstance(error, SystemExit):
-                print("Terminated: what was training is saved. The same command goes on from there.")
+                what = "what was training is saved" if run.keep else "what was training is not saved"
+                print(f"Terminated: {what}. The same command goes on from there.")
             if isinstance(error, BrokenProcessPool):
                 raise ChildProcessError(
                     "a process that trained was killed, perhaps for want of memory. The same command goes on from "

@@ -3,7 +3,7 @@
 import difflib
 import inspect
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -46,7 +46,6 @@ class LossBinder:
         self._has_aux = has_aux
         self._call = call
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
-        self._starred = _starred(loss_fn)
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
         if taken:
             raise TypeError(
@@ -67,21 +66,8 @@ class LossBinder:
             try:
                 result = self._loss_fn(params, **kwargs)
             except Exception as error:
-                if isinstance(params, jax.Array) and params.ndim == 1:
-                    error.add_note(
-                        "params reached loss_fn as one flat vector. If an optax.flatten stands around this "
-                        "transformation, move it behind it in the chain: the loss needs the whole tree of "
-                        "parameters (mask= perturbs only part of it)."
-                    )
-                if f"'{type(params).__name__}' object is not callable" in str(error):
-                    error.add_note(
-                        "params reaches loss_fn as the tree that init got, not as a model: apply the model to it "
-                        "inside loss_fn, with nnx.merge(graphdef, params, ...) for instance."
-                    )
-                if self._starred:
-                    error.add_note(
-                        f"loss_fn takes *{self._starred}, which gets nothing: all arguments are passed by name."
-                    )
+                for note in _hints(self._loss_fn, params, error):
+                    error.add_note(note)
                 raise
             return _checked_loss(result, self._has_aux)
 
@@ -179,10 +165,22 @@ def _keyword_parameters(loss_fn: LossFn) -> tuple[list[str], list[str], bool]:
     return required, optional, takes_all
 
 
-def _starred(loss_fn: LossFn) -> str:
-    """The name of what takes further arguments by position, if params is not among them; else nothing."""
+def _hints(loss_fn: LossFn, params: Any, error: Exception) -> Iterator[str]:
+    """What may have made ``loss_fn`` fail, as far as it shows."""
+    if isinstance(params, jax.Array) and params.ndim == 1:
+        yield (
+            "params reached loss_fn as one flat vector. If an optax.flatten stands around this transformation, move it "
+            "behind it in the chain: the loss needs the whole tree of parameters (mask= perturbs only part of it)."
+        )
+    if f"'{type(params).__name__}' object is not callable" in str(error):
+        yield (
+            "params reaches loss_fn as the tree that init got, not as a model: apply the model to it inside loss_fn, "
+            "with nnx.merge(graphdef, params, ...) for instance."
+        )
     _, *others = inspect.signature(loss_fn).parameters.values()
-    return next((p.name for p in others if p.kind is inspect.Parameter.VAR_POSITIONAL), "")
+    for parameter in others:
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            yield f"loss_fn takes *{parameter.name}, which gets nothing: all arguments are passed by name."
 
 
 def _not_callable_message(loss_fn: Any) -> str:

@@ -215,7 +215,7 @@ def _members(state: Any) -> list[Any]:
 
 def _is_shifted(state: Any) -> bool:
     """Whether it is the state of msam or s2sam; states without numbers, of clipping for instance, stay nodes too."""
-    return isinstance(state, OneEvaluationState) or state == ()
+    return isinstance(state, OneEvaluationState) or (isinstance(state, tuple) and not state)
 
 
 def _is_policy(state: Any) -> bool:
