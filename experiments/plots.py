@@ -134,6 +134,7 @@ def accuracy_over_flatness(groups: Mapping[str, Sequence[Any]], path: Path) -> N
                 axis.plot(x, accuracy, marker, color=look["color"], markersize=2.5, alpha=0.6, label=arm)
         for axis, label in zip(axes, labels.values(), strict=True):
             axis.set(xlabel=label, xscale="log")
+            style.plain_log_ticks(axis.xaxis, (1, 3))
         axes[0].set_ylabel(_PANELS["test_accuracy"])
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3, frameon=False)
         figure.savefig(path, dpi=150)
