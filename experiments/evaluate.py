@@ -21,17 +21,13 @@ On = Literal["test", "imagenet-c", "imagenet-r"]
 
 
 def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Run = Run()) -> Evaluation:  # noqa: B008
-    """Evaluates a checkpoint and prints the result.
+    """Evaluate a checkpoint: accuracy and loss.
 
     Args:
-      folder: of the run.
-      on: its own evaluation data; ImageNet-C, the mean over 15 corruptions and 5 severities; or ImageNet-R, where
-        only its 200 classes may be answered.
-      step: of the checkpoint; the last by default.
-      run: devices and the folder of the data.
-
-    Returns:
-      Loss and accuracy.
+      folder: The folder of the run.
+      on: Its own evaluation data, or ImageNet's corruptions (their mean) or renditions (of its 200 classes alone).
+      step: The step of the checkpoint; the last by default.
+      run: Devices and data.
 
     Raises:
       FileNotFoundError: if there is no such run, checkpoint or data.

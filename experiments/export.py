@@ -12,16 +12,13 @@ from experiments.restore import restore
 
 
 def export(folder: Path, out: Path | None = None, step: int | None = None, average: bool = False) -> Path:
-    """Writes parameters and BatchNorm's statistics by their paths, such as ``blocks/0/conv1/kernel``.
+    """Write the parameters of a run, and BatchNorm's statistics, as a safetensors file.
 
     Args:
-      folder: of the run.
-      out: the file; FOLDER/params.safetensors by default.
-      step: of the checkpoint; the last by default.
-      average: whether to write the averaged weights.
-
-    Returns:
-      The file.
+      folder: The folder of the run.
+      out: The file; FOLDER/params.safetensors by default.
+      step: The step of the checkpoint; the last by default.
+      average: Write the averaged weights.
 
     Raises:
       FileNotFoundError: if there is no such run or checkpoint.

@@ -10,25 +10,11 @@ from typing import Any
 
 from experiments import recipes, runs
 from experiments.names import unknown
+from experiments.ranges import flat as flat
 from experiments.recipes import Recipe
 
 Changes = Mapping[str, Any]
 """From dotted names to values."""
-
-
-def flat(node: Any, prefix: str = "") -> dict[str, Any]:
-    """All settings of a recipe, or of what was one in JSON, by dotted name.
-
-    Example:
-      >>> flat(recipes.get("cifar10-wrn28-10"))["crsam.alpha"]
-      0.5
-    """
-    fields = node if isinstance(node, dict) else {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
-    result: dict[str, Any] = {}
-    for name, value in fields.items():
-        is_nested = name != "per_method" and (isinstance(value, dict) or dataclasses.is_dataclass(value))
-        result |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
-    return result
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
@@ -121,7 +107,9 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         if value not in options:
             raise unknown(f"value of {key}", str(value), options)
         return value
-    kinds = options if isinstance(kind, types.UnionType) else (typing.get_origin(kind) or kind,)
+    kinds = (
+        options if typing.get_origin(kind) in (types.UnionType, typing.Union) else (typing.get_origin(kind) or kind,)
+    )
     if float in kinds and (hasattr(value, "dtype") or (isinstance(value, int) and not isinstance(value, bool))):
         return value if hasattr(value, "dtype") else float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):

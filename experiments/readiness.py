@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import tyro
 
 from experiments import ranges, recipes, scale, tables
 from experiments.configs import Readiness, Run
@@ -60,8 +61,14 @@ class Estimate(NamedTuple):
         return self.flops * self.steps / (teraflops * 1e12) / 3600
 
 
-def readiness(names: Sequence[str], config: Readiness) -> list[Estimate]:
-    """Estimates recipes × methods, prints the table and writes it to ``config.out``.
+def readiness(
+    names: tyro.conf.Positional[tuple[str, ...]] = (), config: Readiness = Readiness()  # noqa: B008
+) -> list[Estimate]:  # fmt: skip
+    """Print parameters, FLOPs and memory of a step, and hours on a device, without training.
+
+    Args:
+      names: Recipes; the rows of the paper by default.
+      config: The device.
 
     Raises:
       ImportError: if the compiler for ``config.target`` is not installed.

@@ -17,13 +17,14 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from experiments.names import unknown
+from experiments.ranges import Count, NotNegative, Range, Share, ShareBelow1, option
 
 
 @dataclasses.dataclass(frozen=True)
 class Sam:
     """Settings of SAM and its one-sided relatives."""
 
-    rho: float = 0.05
+    rho: NotNegative = 0.05
     """Distance to the probe, ρ."""
 
 
@@ -31,9 +32,9 @@ class Sam:
 class Asam:
     """Settings of ASAM."""
 
-    rho: float = 0.5
+    rho: NotNegative = 0.5
     """Distance to the probe in its own metric, ρ."""
-    eta: float = 0.01
+    eta: NotNegative = 0.01
     """Added to the size of each weight, η."""
 
 
@@ -41,7 +42,7 @@ class Asam:
 class Msam:
     """Settings of MSAM, which perturbs along its momentum."""
 
-    rho: float = 0.3
+    rho: NotNegative = 0.3
     """Length of the perturbation, ρ."""
 
 
@@ -49,7 +50,7 @@ class Msam:
 class S2Sam:
     """Settings of S²-SAM, which perturbs along the gradient before."""
 
-    rho: float = 0.05
+    rho: NotNegative = 0.05
     """Length of the perturbation, ρ."""
 
 
@@ -57,22 +58,23 @@ class S2Sam:
 class CrSam:
     """Settings of CR-SAM and its variants."""
 
-    rho: float = 0.1
+    rho: NotNegative = 0.1
     """Distance to the probes, ρ."""
-    alpha: float = 0.1
+    alpha: NotNegative = 0.1
     """Weight of the curvature term, α."""
-    beta: float = 0.01
+    beta: NotNegative = 0.01
     """Weight of the gradient-norm term, β."""
     penalty: Literal["log", "linear"] = "log"
     """Form of the penalty; linear is the authors' released code."""
-    offset: float = 1.0
+    offset: NotNegative = 1.0
     """δ in log(δ + S) and log(δ + D); 0 is the paper's eq. 7."""
-    max_penalty_ratio: float | None = None
+    max_penalty_ratio: NotNegative | None = None
     """Bound κ on ‖penalty's gradient‖/‖g⁺‖."""
     strategy: Literal["auto", "vmap", "sequential", "ordered"] = "auto"
     """In which order the points are evaluated, for speed and memory alone; see ``crsam_jax.Execution``."""
 
 
+@tyro.conf.configure(tyro.conf.arg(name=""))
 @dataclasses.dataclass(frozen=True)
 class Recipe:
     """One training run, whole: equal recipes give equal parameters on equal hardware."""
@@ -81,21 +83,21 @@ class Recipe:
     """digits ships inside scikit-learn; the others are prepared by TFDS."""
     model: str
     """A network of experiments.models, or convnet."""
-    epochs: int
-    batch_size: int
+    epochs: Count
+    batch_size: Count
     """Images in a step, on all devices together."""
-    learning_rate: float
+    learning_rate: NotNegative
     """Peak of the cosine schedule."""
-    weight_decay: float
+    weight_decay: NotNegative
     optimizer: Literal["sgd", "adamw"] = "sgd"
     """The base: SGD with momentum, or AdamW with β₁ 0.9 and β₂ 0.999."""
-    momentum: float = 0.9
+    momentum: ShareBelow1 = 0.9
     """The momentum of SGD."""
-    warmup_epochs: float = 0.0
+    warmup_epochs: NotNegative = 0.0
     """Linear from 0 to the peak."""
     schedule: Literal["cosine", "constant"] = "cosine"
     """After the warm-up: half a cosine to zero at the last step, or the peak throughout."""
-    ema: float | None = None
+    ema: ShareBelow1 | None = None
     """Decay of an average of the weights over the steps; it is evaluated beside them, and judged in their place."""
     method: str = "base"
     """base (the base optimizer alone), sam, crsam, or a relative of theirs."""
@@ -104,11 +106,11 @@ class Recipe:
     crsam: CrSam = dataclasses.field(default_factory=CrSam)
     msam: Msam = dataclasses.field(default_factory=Msam)
     s2sam: S2Sam = dataclasses.field(default_factory=S2Sam)
-    late_start: float = 0.85
+    late_start: Share = 0.85
     """Share of the steps that a late method leaves to the base optimizer."""
     augmentation: Literal["none", "basic", "cutout", "autoaugment", "inception"] = "basic"
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
-    seed: int = 0
+    seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """The seed of initial weights, order, augmentations, subset and label noise."""
     model_options: dict[str, int | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Changes to the network, such as its width."""
@@ -116,22 +118,37 @@ class Recipe:
     """In which the network computes; parameters and losses are float32."""
     batch_norm: Literal["global", "device"] = "global"
     """What BatchNorm's statistics are taken over: the whole batch, or each device's part."""
-    accumulate: int = 1
+    accumulate: Count = 1
     """Parts in which a batch passes the network, one after the other; the perturbation is that of the whole batch."""
-    examples_per_class: int | None = None
+    examples_per_class: Count | None = None
     """Train on so many of each class."""
-    test_examples_per_class: int | None = None
+    test_examples_per_class: Count | None = None
     """Evaluate on so many of each class, the same for all seeds."""
-    label_noise: float = 0.0
+    label_noise: Share = 0.0
     """Fraction of the training labels that become wrong."""
-    validation_fraction: float = 0.0
+    validation_fraction: ShareBelow1 = 0.0
     """Hold out so much of the training data, the same for all seeds."""
     evaluate_on: Literal["test", "validation"] = "test"
     """The test data, or what is held out."""
-    image_size: int = 224
+    image_size: Count = 224
     """Side of ImageNet's crops in pixels."""
     per_method: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """Settings of single methods, from their names and the settings' names; their variants take them too."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        if self.warmup_epochs >= self.epochs:
+            raise ValueError(
+                f"--warmup-epochs must be less than --epochs, which is {self.epochs}, got {self.warmup_epochs:g}."
+            )
+        for name, value in self.model_options.items():
+            for number in value if isinstance(value, (tuple, list)) else [value]:
+                if not isinstance(number, str) and number < 1:
+                    raise ValueError(f"{option('model_options.' + name)} must be at least 1, got {value}.")
+        if self.dataset == "imagenet2012":
+            for name in ("examples_per_class", "test_examples_per_class", "label_noise", "validation_fraction"):
+                if getattr(self, name):
+                    raise ValueError(f"{option(name)} is not for imagenet2012, which is streamed whole.")
 
 
 _TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, augmentation="basic")

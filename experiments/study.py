@@ -73,17 +73,14 @@ TASKS: dict[str, Task] = {
 
 
 def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 16, seeds: int | None = None) -> Path:
-    """Tunes the main methods of a task and compares all methods with fresh seeds; what is complete is read.
+    """Tune the main methods of a task of docs/study.md and compare all methods with fresh seeds, or go on with it.
 
     Args:
-      name: of the task.
-      processes: how many trainings at once, one core each.
-      out: folder; results/study/NAME by default.
-      trials: settings tried for each main method.
-      seeds: runs of each arm in the comparison; the task's by default.
-
-    Returns:
-      The folder of the comparison.
+      name: The task.
+      processes: Run so many trainings at once, one core each.
+      out: Folder of the results; results/study/NAME by default.
+      trials: Settings tried for each main method.
+      seeds: Runs of each arm in the comparison; the task's own number by default.
 
     Raises:
       ValueError: for an unknown task.

@@ -9,7 +9,8 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("tyro", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import cli, inputs, program, ranges
+from experiments import cli, configs, inputs, program, ranges
+from experiments.configs import Figures
 from experiments.recipes import CrSam, Recipe
 
 TRAIN, COMPARE, TUNE = ("train", "digits"), ("compare", "digits"), ("tune", "digits")
@@ -121,7 +122,8 @@ def test_every_number_has_a_range():
             elif typing.get_origin(hint) is not typing.Literal and {int, float} & set(options) and bool not in options:
                 yield prefix + name
 
-    for kind, known in ranges.RANGES.items():
+    for kind in (Recipe, configs.Run, configs.Compare, configs.Tune, configs.Benchmark, configs.Readiness, Figures):
+        known = ranges.ranges_of(kind)
         assert set(known) == {name for name in numbers(kind) if name not in ("epochs",) or kind is Recipe}, kind
 
 

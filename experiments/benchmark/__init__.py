@@ -9,8 +9,11 @@ from experiments import configs, ranges, tables
 from experiments.benchmark import here, there
 
 
-def benchmark(config: configs.Benchmark) -> None:
-    """Measures all programs and prints a table; with ``config.out``, writes it as CSV too.
+def benchmark(config: configs.Benchmark = configs.Benchmark()) -> None:  # noqa: B008
+    """Time one step of each method against plain gradient evaluations, with peak temporary memory.
+
+    Args:
+      config: What to time.
 
     Raises:
       ImportError: if the compiler for ``config.target`` is not installed.

@@ -18,16 +18,13 @@ _NEEDS_SURFACE = ("all", "figure4", "html")
 
 
 def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path | None = None) -> Path:  # noqa: B008
-    """Draws figures of the training runs in a folder.
+    """Measure curvature and loss surfaces of trained networks, and draw the paper's figures and table 3.
 
     Args:
-      what: one figure, or all but the page in HTML.
-      folder: of the runs: results/RECIPE.
-      settings: what to measure, where it has not been.
-      out: folder for numbers and figures; FOLDER/figures if it is None.
-
-    Returns:
-      The folder of the figures.
+      what: One figure, table3, html (surfaces to turn with the mouse), or all figures and the table.
+      folder: Folder of the training runs, results/RECIPE.
+      settings: What to measure. What was measured before is not measured again.
+      out: Folder for numbers and figures; FOLDER/figures by default.
 
     Raises:
       FileExistsError: if ``out`` holds numbers measured with other settings.
