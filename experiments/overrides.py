@@ -102,16 +102,15 @@ def _with_inner(node: Any, name: str, value: Any, key: str, recipe: Recipe) -> A
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
     """The value, if it is of the setting's type; numbers may be traced."""
-    options = typing.get_args(kind)
-    if typing.get_origin(kind) is typing.Literal:
+    origin, options = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if origin is typing.Literal:
         if value not in options:
             raise unknown(f"value of {key}", str(value), options)
         return value
-    kinds = (
-        options if typing.get_origin(kind) in (types.UnionType, typing.Union) else (typing.get_origin(kind) or kind,)
-    )
+    kinds = options if origin in (types.UnionType, typing.Union) else (origin,)
     if float in kinds and (hasattr(value, "dtype") or (isinstance(value, int) and not isinstance(value, bool))):
         return value if hasattr(value, "dtype") else float(value)
     if not isinstance(value, kinds) or isinstance(value, bool):
-        raise ValueError(f"{key} must be of type {getattr(kind, '__name__', kind)}, got {value!r}.")
+        names = " | ".join("None" if one is types.NoneType else one.__name__ for one in kinds)
+        raise ValueError(f"{key} must be of type {names}, got {value!r}.")
     return value
