@@ -78,7 +78,7 @@ def _with_equal_cost(
         for arm, one in recipes.items()
     ]
     jobs.carry_out(name, pilots, short, config.processes)
-    rows = {job.arm: jobs.read_rows(job)[-1] for job in pilots}
+    rows = {job.arm: job.rows[-1] for job in pilots}
     costs = {
         arm: row.evaluations_per_step if config.budget == "evaluations" else row.seconds for arm, row in rows.items()
     }

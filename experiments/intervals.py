@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
@@ -28,12 +28,7 @@ class Difference(NamedTuple):
 
 
 def paired(values: Mapping[int, float], reference: Mapping[int, float], comparisons: int = 1) -> Difference:
-    """The difference of values to a reference, both by seed.
-
-    Args:
-      values: of the arm.
-      reference: of the other.
-      comparisons: m, how many differences are looked at together.
+    """The difference of values to a reference, both by seed; one of m comparisons that are looked at together.
 
     Example:
       >>> difference = paired({0: 2.0, 1: 4.0, 2: 6.0}, {0: 1.0, 1: 2.0, 2: 3.0})
@@ -42,13 +37,13 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float], comparis
       >>> print(round(difference.high, 3))  # 2 + 4.303 / √3
       4.484
     """
-    both = sorted(values.keys() & reference.keys())
-    differences = np.array([values[seed] - reference[seed] for seed in both])
-    if len(both) < 2:
-        return Difference(float(differences.mean()) if both else math.nan, math.nan, math.nan, math.nan, len(both))
+    differences = np.array([values[seed] - reference[seed] for seed in sorted(values.keys() & reference.keys())])
+    pairs = len(differences)
+    if pairs < 2:
+        return Difference(float(differences.mean()) if pairs else math.nan, math.nan, math.nan, math.nan, pairs)
     mean, deviation = float(differences.mean()), float(differences.std(ddof=1))
-    half = float(stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, len(both) - 1)) * deviation / math.sqrt(len(both))
-    return Difference(mean, mean - half, mean + half, deviation, len(both))
+    half = float(_critical(comparisons, pairs)) * deviation / math.sqrt(pairs)
+    return Difference(mean, mean - half, mean + half, deviation, pairs)
 
 
 def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> int | None:
@@ -68,16 +63,13 @@ def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> i
     """
     if not math.isfinite(deviation):
         return None
-    low, high = 1, MOST_SEEDS + 1  # too few, enough
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if _power(middle, deviation, difference, comparisons) >= POWER else (middle, high)
-    return high if high <= MOST_SEEDS else None
+    seeds = np.arange(2, MOST_SEEDS + 1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shift = abs(difference) / np.float64(deviation) * np.sqrt(seeds)
+    power = stats.nct.sf(_critical(comparisons, seeds), seeds - 1, shift)  # the other tail is the wrong direction
+    enough = np.flatnonzero(~(power < POWER))  # NaN stands for a shift so large that the power is 1
+    return int(seeds[enough[0]]) if len(enough) else None
 
 
-def _power(seeds: int, deviation: float, difference: float, comparisons: int) -> float:
-    if deviation == 0:
-        return 1.0
-    critical = stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, seeds - 1)
-    shift = abs(difference) / deviation * math.sqrt(seeds)
-    return float(stats.nct.sf(critical, seeds - 1, shift))  # the other tail would be the wrong direction
+def _critical(comparisons: int, seeds: Any) -> Any:
+    return stats.t.ppf(1 - (1 - LEVEL) / 2 / comparisons, seeds - 1)

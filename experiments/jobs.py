@@ -35,6 +35,11 @@ class Job(NamedTuple):
     recipe: Recipe
     folder: Path
 
+    @property
+    def rows(self) -> list[EpochRow]:
+        """The epochs so far."""
+        return read_epochs(self.folder / "metrics.csv")
+
 
 class Result(NamedTuple):
     """A row of runs.csv: a run after its last epoch. Losses are mean cross-entropies, accuracies are in percent.
@@ -70,11 +75,7 @@ class Result(NamedTuple):
 def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> None:
     """Carries out what is not complete, in the given order. Runs that were interrupted go on where they were.
 
-    Args:
-      name: of the recipe.
-      jobs: the runs.
-      run: how.
-      processes: how many at once; from two on, each is bound to one core.
+    From two processes on, each is bound to one core.
 
     Raises:
       FileExistsError: if a folder holds another run.
@@ -104,8 +105,7 @@ def is_complete(job: Job) -> bool:
     """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to go on."""
     if altered(job.folder):
         return False
-    rows = read_epochs(job.folder / "metrics.csv")
-    return (job.folder / "failed.json").exists() or (bool(rows) and rows[-1].epoch == job.recipe.epochs)
+    return (job.folder / "failed.json").exists() or [row.epoch for row in job.rows][-1:] == [job.recipe.epochs]
 
 
 def read_result(job: Job) -> Result:
@@ -116,7 +116,7 @@ def read_result(job: Job) -> Result:
     if failed.exists():
         note = json.loads(failed.read_text())
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
-    rows = read_rows(job)
+    rows = job.rows
     last, seconds = rows[-1], sum(row.seconds for row in rows)
     judged = last.test_accuracy, last.test_loss, last.calibration_error
     if last.average_accuracy is not None and last.average_loss is not None:
@@ -125,11 +125,6 @@ def read_result(job: Job) -> Result:
         *start, *judged, last.test_accuracy, last.train_loss, last.train_accuracy, last.grad_norm, last.curvature,
         last.trace, last.normalized_trace, last.evaluations_per_step, seconds, seconds / last.step,
     )  # fmt: skip
-
-
-def read_rows(job: Job) -> list[EpochRow]:
-    """The epochs of a run."""
-    return read_epochs(job.folder / "metrics.csv")
 
 
 def _carry_out(name: str, job: Job, run: Run) -> Job:
@@ -142,11 +137,7 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
 
 
 def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
-    """Carries out jobs in several processes. At a signal each of them saves its run, and here it is raised.
-
-    Raises:
-      ChildProcessError: if one of them is gone.
-    """
+    """Carries out jobs in several processes. At a signal each of them saves its run, and here it is raised."""
     with _pool(processes) as pool:
         try:
             with held_back():  # also in the processes that start here, until they train

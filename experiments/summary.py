@@ -1,13 +1,15 @@
 """What a comparison found: means and spreads, paired differences, and how many seeds it takes."""
 
-import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from experiments import jobs, plots, tables
 from experiments.intervals import paired, seeds_needed
 from experiments.jobs import Job, Result
+from experiments.logs import EpochRow
 from experiments.tables import mean_and_deviation
 
 # Title, field of Result, decimals.
@@ -39,22 +41,22 @@ def write_summary(
       detect: difference of accuracy for which the number of seeds is estimated.
     """
     results: dict[str, list[Result]] = {}
+    epochs: dict[str, list[list[EpochRow]]] = {}
     for job in complete:
         results.setdefault(job.arm, []).append(jobs.read_result(job))
+        if rows := job.rows:
+            epochs.setdefault(labels[job.arm], []).append(rows)
     summaries, *others = (summarize(results, labels, reference, detect) for reference in against)
     tables.write(folder / "runs.csv", [row for rows in results.values() for row in rows])
     tables.write(folder / "summary.csv", summaries)
-    titles, rows = _main_table(results, summaries)
-    table = tables.markdown(titles, rows)
+    table = tables.markdown(*_main_table(results, summaries))
     differences = [
-        _difference_table(found, reference, detect)
+        _difference_table(found, labels[reference], reference, detect)
         for found, reference in zip((summaries, *others), against, strict=True)
     ]
     tables.replace(folder / "table.md", table + "".join(differences))
-    epochs = {labels[arm]: [jobs.read_rows(job) for job in complete if job.arm == arm] for arm in results}
-    drawn = {label: [seed for seed in seeds if seed] for label, seeds in epochs.items() if any(seeds)}
-    plots.curves(drawn, folder / "curves.png")
-    plots.accuracy_over_time(drawn, folder / "time.png")
+    plots.curves(epochs, folder / "curves.png")
+    plots.accuracy_over_time(epochs, folder / "time.png")
     plots.accuracy_over_cost(summaries, folder / "cost.png")
     tables.show(table)
     print(f"Runs, tables and plots are in {folder}: runs.csv, summary.csv, table.md, curves.png, time.png, cost.png.")
@@ -70,7 +72,7 @@ def summarize(results: Results, labels: Mapping[str, str], against: str, detect:
     ``seeds_needed`` to find one of ``detect`` points with a probability of 80 %.
     """
     reference = {row.seed: row.test_accuracy for row in results.get(against, [])}
-    base_time = _median(results.get(against, []), "seconds_per_step")
+    _, base_time, _ = _quartiles(results.get(against, []), "seconds_per_step")
     comparisons, summaries = max(1, len(results) - 1), []
     for arm, rows in results.items():
         summary: dict[str, Any] = {"arm": arm, "label": labels[arm], "seeds": len(rows)}
@@ -79,7 +81,7 @@ def summarize(results: Results, labels: Mapping[str, str], against: str, detect:
             values = _known(rows, field)
             summary[field], summary[f"{field}_std"] = mean_and_deviation(values) if values else (None, None)
         summary |= zip(("seconds_low", "seconds_median", "seconds_high"), _quartiles(rows, "seconds"), strict=True)
-        time = _median(rows, "seconds_per_step")
+        _, time, _ = _quartiles(rows, "seconds_per_step")
         summary["relative_time"] = time / base_time if time and base_time else None
         difference = paired({row.seed: row.test_accuracy for row in rows}, reference, comparisons)
         summary |= {"difference": difference.mean, "low": difference.low, "high": difference.high}
@@ -101,41 +103,28 @@ def _main_table(results: Results, summaries: Sequence[Mapping[str, Any]]) -> tup
     return ["method", *(title for title, _, _ in columns), "evals", "time", "seeds"], lines
 
 
-def _difference_table(summaries: Sequence[Mapping[str, Any]], against: str, detect: float) -> str:
+def _difference_table(summaries: Sequence[Mapping[str, Any]], label: str, against: str, detect: float) -> str:
     """The differences to the reference, if there are any."""
-    label = next((summary["label"] for summary in summaries if summary["arm"] == against), "")
-    others = [summary for summary in summaries if summary["arm"] != against and summary["pairs"]]
-    titles = [
-        f"against {label}",
-        "accuracy, points",
-        "95 % interval",
-        "calibration error",
-        f"seeds for {detect:g} points",
-    ]
+    titles = (
+        f"against {label}", "accuracy, points", "95 % interval", "calibration error", f"seeds for {detect:g} points",
+    )  # fmt: skip
     lines = [
         [
             s["label"], f"{s['difference']:+.2f}", f"{s['low']:+.2f} to {s['high']:+.2f}" if s["pairs"] > 1 else "–",
             _text(s["calibration_error"], ".3f"), _text(s["seeds_needed"], "d"),
         ]
-        for s in others
+        for s in summaries if s["arm"] != against and s["pairs"]
     ]  # fmt: skip
-    return "\n" + tables.markdown(titles, lines) if others else ""
+    return "\n" + tables.markdown(titles, lines) if lines else ""
 
 
 def _known(rows: Sequence[Result], field: str) -> list[float]:
     return [value for value in (getattr(row, field) for row in rows) if value is not None]
 
 
-def _median(rows: Sequence[Result], field: str) -> float | None:
+def _quartiles(rows: Sequence[Result], field: str) -> list[float] | list[None]:
     values = _known(rows, field)
-    return statistics.median(values) if values else None
-
-
-def _quartiles(rows: Sequence[Result], field: str) -> tuple[float | None, ...]:
-    values = _known(rows, field)
-    if len(values) < 2:
-        return (_median(rows, field),) * 3
-    return tuple(statistics.quantiles(values, n=4, method="inclusive"))
+    return np.quantile(values, (0.25, 0.5, 0.75)).tolist() if values else [None] * 3
 
 
 def _text(value: float | None, form: str) -> str:

@@ -1,7 +1,7 @@
 """Tables as CSV files of typed rows, each on disk as soon as it exists, as Markdown, and on a terminal."""
 
 import csv
-import functools
+import io
 import itertools
 import shutil
 import sys
@@ -50,13 +50,11 @@ def append(path: Path, rows: Iterable[Any]) -> None:
 
 def write(path: Path, rows: Sequence[Any]) -> None:
     """Writes NamedTuples, or dictionaries whose keys may differ, whole or not at all."""
-    dicts = [row if isinstance(row, dict) else row._asdict() for row in rows]
-    unfinished = path.with_name(path.name + ".partial")
-    with unfinished.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(dicts)
-    unfinished.replace(path)
+    dicts, text = [row if isinstance(row, dict) else row._asdict() for row in rows], io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dicts)
+    replace(path, text.getvalue())
 
 
 def replace(path: Path, content: str | bytes) -> None:
@@ -80,12 +78,7 @@ def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 def show(text: str, keys: int = 1) -> None:
-    """Prints Markdown; on a terminal its tables are aligned, in several parts where they do not fit side by side.
-
-    Args:
-      text: paragraphs and tables.
-      keys: how many of a table's first columns each of its parts begins with.
-    """
+    """Prints Markdown; on a terminal its tables are aligned, and divided where too wide, see :func:`fitted`."""
     if not sys.stdout.isatty():
         print(text, end="" if text.endswith("\n") else "\n")
         return
@@ -96,7 +89,7 @@ def show(text: str, keys: int = 1) -> None:
 
 
 def fitted(lines: Sequence[str], width: int, keys: int = 1) -> list[str]:
-    r"""A table in Markdown as aligned lines of at most a width, as far as the keys and one more column allow it.
+    r"""A table in Markdown as aligned lines of at most a width, in parts that begin with its first columns, the keys.
 
     Example:
       >>> table = markdown(["method", "evals", "time"], [["SAM", "2", "1.9"], ["CR-SAM", "3", "2.7"]])
@@ -110,24 +103,15 @@ def fitted(lines: Sequence[str], width: int, keys: int = 1) -> list[str]:
       CR-SAM   2.7
     """
     rows = [line[2:-2].split(" | ") for line in lines if not line.startswith("|---")]
-    columns = [_aligned(column, index < keys) for index, column in enumerate(zip(*rows, strict=True))]
-    blocks = [["  ".join(cells).rstrip() for cells in zip(*part, strict=True)] for part in _parts(columns, keys, width)]
-    return functools.reduce(lambda above, below: [*above, "", *below], blocks)
-
-
-def _aligned(column: Sequence[str], is_key: bool) -> list[str]:
-    width = max(map(len, column))
-    return [cell.ljust(width) if is_key else cell.rjust(width) for cell in column]
-
-
-def _parts(columns: Sequence[list[str]], keys: int, width: int) -> list[list[list[str]]]:
-    """The columns divided into parts that fit, all with the keys."""
-    parts = [list(columns[:keys])]
-    for column in columns[keys:]:
-        if len(parts[-1]) > keys and sum(len(cells[0]) + 2 for cells in parts[-1]) + len(column[0]) > width:
-            parts.append(list(columns[:keys]))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    parts = [list(range(keys))]  # the columns of each
+    for column in range(keys, len(widths)):
+        if len(parts[-1]) > keys and sum(widths[i] + 2 for i in parts[-1]) + widths[column] > width:
+            parts.append(list(range(keys)))
         parts[-1].append(column)
-    return parts
+    aligned = [[f"{cell:{'<' if i < keys else '>'}{widths[i]}}" for i, cell in enumerate(row)] for row in rows]
+    blocks = ["\n".join("  ".join(row[i] for i in part).rstrip() for row in aligned) for part in parts]
+    return "\n\n".join(blocks).splitlines()
 
 
 def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
