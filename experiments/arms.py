@@ -10,14 +10,7 @@ from experiments.recipes import Recipe
 
 
 class Arm(NamedTuple):
-    """One side of a comparison.
-
-    Attributes:
-      name: as it was given: a method, ``-Nx`` for N times the epochs, ``,key=value`` for each setting of its own.
-      method: of the family.
-      times: epochs, as a multiple of the recipe's.
-      settings: of its own.
-    """
+    """One side of a comparison, as named: a method, ``-Nx`` for N times the epochs, ``,key=value`` for its settings."""
 
     name: str
     method: str
@@ -42,13 +35,7 @@ def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
     """The recipe of one run.
 
     Settings count in this order: the recipe's; those that it has for this arm, or else for its method, or else for
-    the method's parent; ``changes``; the arm's own.
-
-    Args:
-      recipe: of all arms.
-      name: of the arm.
-      changes: what was asked for explicitly.
-      seed: of the run.
+    the method's parent; ``changes``, what was asked for explicitly; the arm's own.
 
     Raises:
       ValueError: for an unknown method or setting.

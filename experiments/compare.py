@@ -19,14 +19,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     """Trains every arm with the seeds 0, 1, ..., and returns the folder with all runs, tables and plots.
 
     Runs that are complete are read, others go on where they were. An interruption of a run in training leaves
-    tables of what is complete.
-
-    Args:
-      name: of the recipe, for the folder.
-      recipe: what to train, with its settings of single methods.
-      config: arms, seeds, budget.
-      changes: settings that hold for all arms.
-      run: how.
+    tables of what is complete. The ``changes`` hold for all arms.
 
     Raises:
       FileExistsError: if a folder holds another run.
@@ -69,18 +62,10 @@ def _with_equal_cost(
     short = dataclasses.replace(
         run, keep=None, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0
     )
-    pilots = [
-        Job(
-            arm,
-            dataclasses.replace(one, epochs=_PILOT_EPOCHS, warmup_epochs=0.0),
-            folder / "pilot" / arms.folder_name(arm, 0),
-        )
-        for arm, one in recipes.items()
-    ]
+    cheap = {arm: dataclasses.replace(one, epochs=_PILOT_EPOCHS, warmup_epochs=0.0) for arm, one in recipes.items()}
+    pilots = [Job(arm, one, folder / "pilot" / arms.folder_name(arm, 0)) for arm, one in cheap.items()]
     jobs.carry_out(name, pilots, short, config.processes)
-    rows = {job.arm: job.rows[-1] for job in pilots}
-    costs = {
-        arm: row.evaluations_per_step if config.budget == "evaluations" else row.seconds for arm, row in rows.items()
-    }
+    field = "evaluations_per_step" if config.budget == "evaluations" else "seconds"
+    costs = {job.arm: getattr(job.rows[-1], field) for job in pilots}
     total = max(costs[arm] * one.epochs for arm, one in recipes.items())
     return {arm: dataclasses.replace(one, epochs=max(1, round(total / costs[arm]))) for arm, one in recipes.items()}

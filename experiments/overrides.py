@@ -58,11 +58,7 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run.
-
-    Raises:
-      ValueError: if it is no such file.
-    """
+    """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run."""
     return flat(runs.read_json(path))
 
 

@@ -20,17 +20,10 @@ FIRST_SEED = 100
 """Comparisons begin with 0."""
 
 SPACE = {
-    "sam.rho": (0.02, 1.0),
-    "asam.rho": (0.1, 5.0),
-    "crsam.rho": (0.02, 1.0),
-    "crsam.alpha": (0.01, 1.0),
-    "crsam.beta": (0.001, 0.3),
-    "msam.rho": (0.1, 5.0),
-    "s2sam.rho": (0.02, 1.0),
-}
+    "sam.rho": (0.02, 1.0), "asam.rho": (0.1, 5.0), "msam.rho": (0.1, 5.0), "s2sam.rho": (0.02, 1.0),
+    "crsam.rho": (0.02, 1.0), "crsam.alpha": (0.01, 1.0), "crsam.beta": (0.001, 0.3),
+}  # fmt: skip
 """Ranges of the methods' own settings. That of the learning rate is from a tenth to ten times the recipe's."""
-
-Space = Mapping[str, tuple[float, float]]
 
 
 def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) -> Path:
@@ -80,23 +73,16 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
 
 
 def space_of(method: str, rate: float, ranges: Sequence[str] = ()) -> dict[str, tuple[float, float]]:
-    """The ranges that are searched for a method.
+    """The ranges that are searched for a method, that of its learning rate around the ``rate`` of all methods.
 
-    Args:
-      method: its name.
-      rate: the recipe's learning rate, not one for a single method: all are searched around the same.
-      ranges: ``key=low:high``, in place of the default ones; a setting that is no method's own is searched for all.
-
-    Raises:
-      ValueError: for a range that is none.
+    Others are given as ``key=low:high``; a setting that is no method's own is searched for all of them.
 
     Example:
       >>> space_of("base", 0.1, ["learning_rate=0.01:1", "weight_decay=1e-5:1e-3", "sam.rho=0.1:0.2"])
       {'learning_rate': (0.01, 1.0), 'weight_decay': (1e-05, 0.001)}
     """
-    own = ("learning_rate", *METHODS[method].tunes)
     default = SPACE | {"learning_rate": (rate / 10, rate * 10)}
-    space = {key: default[key] for key in own}
+    space = {key: default[key] for key in ("learning_rate", *METHODS[method].tunes)}
     for text in ranges:
         key, _, ends = text.partition("=")
         try:
@@ -105,14 +91,14 @@ def space_of(method: str, rate: float, ranges: Sequence[str] = ()) -> dict[str, 
             low = high = 0.0
         if not 0 < low < high:
             raise ValueError(f"A range is key=low:high with 0 < low < high, got {text!r}.")
-        if key in own or key not in SPACE:
+        if key in space or key not in SPACE:
             space[key] = (low, high)
     return space
 
 
-def sample(space: Space, count: int) -> list[dict[str, float]]:
+def sample(space: Mapping[str, tuple[float, float]], count: int) -> list[dict[str, float]]:
     """The first points of a scrambled Sobol sequence on the logarithms of the ranges, to three digits."""
-    low, high = (np.log([ends[i] for ends in space.values()]) for i in (0, 1))
+    low, high = np.log(list(space.values())).T
     unit = qmc.Sobol(len(space), seed=0).random_base2(max(count - 1, 0).bit_length())[:count]
     return [
         {key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)}
