@@ -22,41 +22,23 @@ from experiments.program import State
 CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
 """Files of a run of which each of its checkpoints has a copy."""
 
-
 _BESIDE_ARRAYS = 1 << 20  # bytes: blocks that are not full, metadata, checksums
 
 
 class Checkpoints:
-    """The checkpoints of one run, by step.
+    """The checkpoints of the run in a folder, by step: the newest ones, and for good those at multiples of a period."""
 
-    Args:
-      folder: of the run.
-      keep: how many of the newest to keep, at least 1.
-      keep_period: steps; a checkpoint at a multiple is kept for good.
-
-    Attributes:
-      folder: of the checkpoints.
-      run: the folder of the run.
-
-    Raises:
-      ValueError: if none were kept.
-    """
-
-    def __init__(self, folder: Path, keep: int = 3, keep_period: int | None = None):
+    def __init__(self, run: Path, keep: int = 3, keep_period: int | None = None):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}: a run without a checkpoint cannot go on.")
-        self.folder = (folder / "checkpoints").resolve()
-        self.run, self._keep, self._keep_period = folder, keep, keep_period
+        self.run, self.folder = run, (run / "checkpoints").resolve()
+        self._keep, self._keep_period = keep, keep_period
         self._arrays = ocp.StandardCheckpointer()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
 
     def save(self, state: State, position: Any) -> None:
-        """Starts to write; the state may be donated as soon as this returns.
-
-        Raises:
-          OSError: if this checkpoint, or the one before it, cannot be written.
-        """
+        """Starts to write; the state may be donated as soon as this returns. OSError is of this one, or the last."""
         self.wait()
         step = int(state.step)
         if step in self.steps:
@@ -73,9 +55,7 @@ class Checkpoints:
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
         """The state of a step, by default the last that is not damaged, and the position of the data.
 
-        Args:
-          like: a state of the same shapes, where the arrays shall go.
-          step: of the checkpoint.
+        The arrays go where those of ``like`` are.
 
         Raises:
           FileNotFoundError: if there is no such checkpoint, with those that there are.
@@ -103,8 +83,7 @@ class Checkpoints:
         """
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
-            fault = checksums.fault(self.path(step))
-            if fault is None:
+            if not (fault := checksums.fault(self.path(step))):
                 return step, damaged
             damaged[step] = fault
         if damaged:
@@ -131,11 +110,7 @@ class Checkpoints:
         return self.folder / str(step)
 
     def wait(self) -> None:
-        """Waits until all is on disk.
-
-        Raises:
-          OSError: if it cannot be written.
-        """
+        """Waits until all is on disk. Raises OSError if it cannot be written."""
         pending, self._pending = self._pending, None
         if pending is not None:
             try:
@@ -215,11 +190,7 @@ def _settings(config: Path) -> dict[str, Any] | None:
 
 
 def check(run: Path, step: int | None = None) -> None:
-    """Makes sure that a run's files are what they were at a checkpoint, the last by default.
-
-    Raises:
-      ValueError: naming the first that is not, and its copy.
-    """
+    """Raises ValueError for the first file of a run that is not what it was at a checkpoint, the last by default."""
     for file in altered(run, step):
         raise ValueError(
             f"{file} is damaged, or was changed since the last checkpoint. The same training command mends it, or copy "

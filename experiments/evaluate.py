@@ -1,21 +1,19 @@
 """Accuracy and loss of a trained network: on its test data, on ImageNet-C and on ImageNet-R."""
 
 import statistics
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 
 from experiments import ranges
 from experiments.configs import Run
 from experiments.data import imagenet
-from experiments.inputs import Batch, streamed_batches
+from experiments.inputs import streamed_batches
 from experiments.judge import Evaluation, evaluate
 from experiments.progress import track
-from experiments.restore import Restored, restore
+from experiments.restore import restore
 
 On = Literal["test", "imagenet-c", "imagenet-r"]
 
@@ -37,41 +35,22 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
     restored = restore(folder, step, run)
     if on != "test" and restored.recipe.dataset != "imagenet2012":
         raise ValueError(f"{on} is for networks trained on ImageNet; {folder} is of {restored.recipe.dataset}.")
+    state, judge, classes = restored.state, restored.program.judge, None
+    streamed = partial(streamed_batches, restored.recipe, restored.mesh, run)
     match on:
         case "test":
-            result = _evaluated(restored, restored.inputs.evaluation())
+            passes = iter([restored.inputs.evaluation()])
         case "imagenet-c":
-            result = _mean(
-                [_corrupted(restored, name, run) for name in track(_corruptions(), "ImageNet-C", "corruptions")]
-            )
+            names = [f"{name}_{severity}" for name in imagenet.CORRUPTIONS for severity in imagenet.SEVERITIES]
+            passes = (streamed(f"imagenet2012_corrupted/{name}") for name in track(names, "ImageNet-C", "corruptions"))
         case "imagenet-r":
-            result = _renditions(restored, run)
+            passes = iter([streamed("imagenet_r", "test")])
+            present = imagenet.Reader(run.data_dir).classes_present("imagenet_r", "test")
+            classes = jnp.zeros(imagenet.NUM_CLASSES, bool).at[present].set(True)
+    found = [evaluate(judge, state.params, state.model_state, batches, classes) for batches in passes]
+    result = Evaluation(*map(statistics.fmean, zip(*found, strict=True)))
     print(
         f"{folder}, step {int(restored.state.step)}, {on}: accuracy {result.accuracy:.2f} %, loss {result.loss:.4f}, "
         f"calibration error {result.calibration_error:.4f}"
     )
     return result
-
-
-def _evaluated(restored: Restored, batches: Iterator[Batch], classes: jax.Array | None = None) -> Evaluation:
-    return evaluate(restored.program.judge, restored.state.params, restored.state.model_state, batches, classes)
-
-
-def _corruptions() -> list[str]:
-    return [f"{name}_{severity}" for name in imagenet.CORRUPTIONS for severity in imagenet.SEVERITIES]
-
-
-def _corrupted(restored: Restored, corruption: str, run: Run) -> Evaluation:
-    batches = streamed_batches(restored.recipe, restored.mesh, run, f"imagenet2012_corrupted/{corruption}")
-    return _evaluated(restored, batches)
-
-
-def _renditions(restored: Restored, run: Run) -> Evaluation:
-    classes = np.zeros(imagenet.NUM_CLASSES, bool)
-    classes[imagenet.classes_present("imagenet_r", "test", run.data_dir)] = True
-    batches = streamed_batches(restored.recipe, restored.mesh, run, "imagenet_r", "test")
-    return _evaluated(restored, batches, jnp.asarray(classes))
-
-
-def _mean(results: list[Evaluation]) -> Evaluation:
-    return Evaluation(*(statistics.fmean(values) for values in zip(*results, strict=True)))

@@ -53,12 +53,7 @@ class Inputs(NamedTuple):
 
 
 def open_inputs(recipe: Recipe, mesh: Mesh, run: Run = Run()) -> Inputs:  # noqa: B008
-    """Opens a recipe's data for training and evaluation over a mesh.
-
-    Raises:
-      FileNotFoundError: saying what to do, if the data is not there.
-      ValueError: if the training data does not fill one batch, or the devices cannot share one.
-    """
+    """Opens a recipe's data for training and evaluation over a mesh."""
     if recipe.batch_size % (mesh.size * recipe.accumulate):
         raise ValueError(
             f"A batch of {recipe.batch_size} cannot be shared equally by {mesh.size} devices in {recipe.accumulate} "
@@ -74,9 +69,6 @@ def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
 
     What is held out does not depend on the seed, and neither does its complement, which subsets are drawn from: a
     search on the validation data trains on as many images as the runs that follow.
-
-    Raises:
-      ValueError: if there is no validation data to evaluate on.
     """
     dataset = _whole(recipe.dataset, data_dir)
     train, test = dataset.train, dataset.test
@@ -100,15 +92,18 @@ def signature_of(recipe: Recipe, data_dir: Path | None = None) -> Signature:
         shape = (recipe.image_size, recipe.image_size, 3)
         steps = imagenet.TRAINING_EXAMPLES // recipe.batch_size
         return Signature(shape, imagenet.NUM_CLASSES, imagenet.MEAN, imagenet.STD, steps)
-    dataset = load(recipe, data_dir)
+    return _signature(recipe, load(recipe, data_dir))
+
+
+def _signature(recipe: Recipe, dataset: Dataset) -> Signature:
     steps = len(dataset.train.labels) // recipe.batch_size
     return Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
 
 
 def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The training split on every device, as uint8; an epoch's order is a function of seed and epoch."""
-    examples = len(dataset.train.labels)
-    steps = examples // recipe.batch_size
+    signature, examples = _signature(recipe, dataset), len(dataset.train.labels)
+    steps = signature.steps_per_epoch
     if not steps:
         raise ValueError(f"{examples} training examples do not fill a batch of {recipe.batch_size}.")
     images, labels = (_everywhere(array, mesh) for array in dataset.train)
@@ -121,14 +116,11 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
             order[epoch] = _shuffled(recipe.seed, epoch, examples, (steps, recipe.batch_size), mesh)
         return images, labels, order[epoch]
 
-    signature = Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
-    evaluation = partial(split_batches, dataset.test, mesh)
-
     def first(count: int) -> Batch:
         images, labels = (_everywhere(array[:count], mesh) for array in dataset.train)
         return images, labels
 
-    return Inputs(signature, feed, evaluation, first, dict, lambda position: None)
+    return Inputs(signature, feed, partial(split_batches, dataset.test, mesh), first, dict, lambda position: None)
 
 
 def select(feed: Any, step: jax.Array, mesh: Mesh) -> Batch:
@@ -168,38 +160,29 @@ def streamed_batches(
     recipe: Recipe, mesh: Mesh, run: Run, name: str = "imagenet2012", split: str = "validation"
 ) -> Iterator[Batch]:
     """The evaluation batches of ImageNet, or of a relative with its classes."""
-    share = _share(recipe, run)
     with held_back():
-        batches = imagenet.eval_batches(recipe.batch_size, name=name, split=split, **share)
+        batches = _reader(recipe, run).eval_batches(recipe.batch_size, name, split)
     for batch in source.read(batches, name, run.data_dir):
-        yield _from_dict(batch, mesh)
+        yield _shared((batch["image"], batch["label"]), mesh)
 
 
 def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
     with held_back():  # also in the worker processes that start here
-        iterator = imagenet.train_batches(recipe.batch_size, recipe.seed, **_share(recipe, run))
+        iterator = _reader(recipe, run).train_batches(recipe.batch_size, recipe.seed)
     examples = source.find_builder("imagenet2012", run.data_dir).info.splits["train"].num_examples
     signature = signature_of(recipe)._replace(steps_per_epoch=examples // recipe.batch_size)
     batches = source.read(iterator, "imagenet2012", run.data_dir)
-    return Inputs(
-        signature,
-        feed=lambda step: _from_dict(next(batches), mesh),
-        evaluation=partial(streamed_batches, recipe, mesh, run),
-        examples=lambda count: None,
-        position=iterator.get_state,
-        restore=iterator.set_state,
-    )
+
+    def feed(step: int) -> Batch:
+        batch = next(batches)
+        return _shared((batch["image"], batch["label"]), mesh)
+
+    evaluation = partial(streamed_batches, recipe, mesh, run)
+    return Inputs(signature, feed, evaluation, lambda count: None, iterator.get_state, iterator.set_state)
 
 
-def _share(recipe: Recipe, run: Run) -> dict[str, Any]:
-    return {
-        "data_dir": run.data_dir, "num_workers": run.workers, "image_size": recipe.image_size,
-        "process_index": jax.process_index(), "process_count": jax.process_count(),
-    }  # fmt: skip
-
-
-def _from_dict(batch: imagenet.Batch, mesh: Mesh) -> Batch:
-    return _shared((batch["image"], batch["label"]), mesh)
+def _reader(recipe: Recipe, run: Run) -> imagenet.Reader:
+    return imagenet.Reader(run.data_dir, recipe.image_size, run.workers, jax.process_index(), jax.process_count())
 
 
 def _shared(local: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> Batch:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from jax.sharding import Mesh
 
 from experiments import overrides, scale
-from experiments.checkpoints import Checkpoints, steps_of
+from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Inputs, open_inputs
 from experiments.program import Program, State, make_program
@@ -25,33 +25,15 @@ class Restored(NamedTuple):
 
 
 def read_recipe(folder: Path) -> Recipe:
-    """The recipe of the run in a folder.
-
-    Raises:
-      FileNotFoundError: if there is no run.
-    """
+    """The recipe of the run in a folder."""
     path = folder / "config.json"
     if not path.exists():
         raise FileNotFoundError(f"{folder} holds no run: there is no config.json.")
     return overrides.find(str(path))
 
 
-def checkpoint_steps(folder: Path) -> list[int]:
-    """The steps of all checkpoints of a run, ascending."""
-    return steps_of(folder)
-
-
 def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008
-    """Opens a run at a checkpoint.
-
-    Args:
-      folder: of the run.
-      step: of the checkpoint; the last by default.
-      run: devices and the folder of the data.
-
-    Raises:
-      FileNotFoundError: if there is no such run, checkpoint or data.
-    """
+    """Opens a run at a checkpoint, the last by default; of ``run`` it takes the devices and the folder of the data."""
     recipe = read_recipe(folder)
     mesh = scale.start(run)
     inputs = open_inputs(recipe, mesh, run)

@@ -15,14 +15,8 @@ from experiments.program import State
 def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
     """The state to go on from: that of the newest checkpoint without damage, or ``like`` if there are none.
 
-    Damaged ones that are newer are set aside, and a line says so; the run's logs become those of the checkpoint.
-
-    Args:
-      checkpoints: of the run.
-      like: the first state of the run.
-
-    Returns:
-      The state, and the position of the data; None at the start.
+    Damaged ones that are newer are set aside, and a line says so; the run's logs become those of the checkpoint. With
+    the state comes the position of the data, None at the start.
 
     Raises:
       ValueError: if there are checkpoints, but all are damaged. Nothing is changed then.

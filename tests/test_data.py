@@ -92,9 +92,9 @@ def test_missing_data_says_what_to_do(folder, tmp_path):
     with pytest.raises(FileNotFoundError, match=r"tfds build cifar100 --data_dir=.* --file_format=array_record"):
         vision.load("cifar100", folder, tmp_path)
     with pytest.raises(FileNotFoundError, match=r"ILSVRC2012_img_train.tar .* in .*manual"):
-        imagenet.train_batches(8, seed=0, data_dir=tmp_path)
+        imagenet.Reader(tmp_path).train_batches(8, seed=0)
     with pytest.raises(FileNotFoundError, match="imagenet2012_corrupted/fog_3 is not in"):
-        imagenet.eval_batches(8, name="imagenet2012_corrupted/fog_3", data_dir=tmp_path)
+        imagenet.Reader(tmp_path).eval_batches(8, name="imagenet2012_corrupted/fog_3")
     with pytest.raises(ValueError, match="did you mean 'cifar10'"):
         vision.load("cifar-10", folder, tmp_path)
     assert not list(tmp_path.iterdir())  # nothing was fetched, nothing left behind
@@ -126,8 +126,8 @@ def shades(batch):
 def test_training_epochs_are_permutations_shared_by_the_processes(folder):
     count = 23
     streams = [
-        imagenet.train_batches(
-            2, seed=5, data_dir=folder, image_size=16, num_workers=0, process_index=index, process_count=2
+        imagenet.Reader(folder, image_size=16, num_workers=0, process_index=index, process_count=2).train_batches(
+            2, seed=5
         )
         for index in range(2)
     ]
@@ -142,7 +142,7 @@ def test_training_epochs_are_permutations_shared_by_the_processes(folder):
 
 def test_training_batches_belong_together_and_resume(folder):
     def stream(seed):
-        return imagenet.train_batches(6, seed=seed, data_dir=folder, image_size=16, num_workers=0)
+        return imagenet.Reader(folder, image_size=16, num_workers=0).train_batches(6, seed=seed)
 
     batches = stream(5)
     batch = next(batches)
@@ -162,9 +162,9 @@ def test_training_batches_belong_together_and_resume(folder):
 def test_evaluation_sees_every_example_once_in_equal_batches(folder, process_count):
     streams = [
         list(
-            imagenet.eval_batches(
-                4, data_dir=folder, image_size=16, num_workers=0, process_index=index, process_count=process_count
-            )
+            imagenet.Reader(
+                folder, image_size=16, num_workers=0, process_index=index, process_count=process_count
+            ).eval_batches(4)
         )
         for index in range(process_count)
     ]
@@ -180,21 +180,23 @@ def test_evaluation_sees_every_example_once_in_equal_batches(folder, process_cou
 
 def test_worker_processes_change_nothing(folder):
     one, many = (
-        imagenet.train_batches(6, seed=5, data_dir=folder, image_size=16, num_workers=workers) for workers in (0, 2)
+        imagenet.Reader(folder, image_size=16, num_workers=workers).train_batches(6, seed=5) for workers in (0, 2)
     )
     for _ in range(5):
         np.testing.assert_equal(next(many), next(one))
-    once = [list(imagenet.eval_batches(4, data_dir=folder, image_size=16, num_workers=workers)) for workers in (0, 2)]
+    once = [list(imagenet.Reader(folder, image_size=16, num_workers=workers).eval_batches(4)) for workers in (0, 2)]
     np.testing.assert_equal(once[1], once[0])
 
 
 def test_unequal_shares_are_an_error(folder):
     with pytest.raises(ValueError, match="batch of 6 cannot be shared equally by 4"):
-        imagenet.train_batches(6, seed=0, data_dir=folder, process_count=4)
+        imagenet.Reader(folder, process_count=4).train_batches(6, seed=0)
 
 
 def test_classes_present(folder):
-    np.testing.assert_array_equal(imagenet.classes_present("imagenet2012", "validation", folder), np.arange(11) * 3)
+    np.testing.assert_array_equal(
+        imagenet.Reader(folder).classes_present("imagenet2012", "validation"), np.arange(11) * 3
+    )
 
 
 def test_central_crop_is_resize_256_crop_224():

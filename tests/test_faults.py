@@ -21,11 +21,11 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import recipes
-from experiments.checkpoints import altered
+from experiments.checkpoints import altered, steps_of
 from experiments.configs import Run
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.program import State
-from experiments.restore import checkpoint_steps, restore
+from experiments.restore import restore
 from experiments.train import train
 
 RECIPE = dataclasses.replace(
@@ -88,7 +88,7 @@ def cut(whole, tmp_path_factory):
         patch.setattr(Log, "step", with_signal)
         with pytest.raises(SystemExit):
             start(folder)
-    return folder, {step: restore(folder, step, run_of(folder)).state for step in checkpoint_steps(folder)}
+    return folder, {step: restore(folder, step, run_of(folder)).state for step in steps_of(folder)}
 
 
 def damage(folder, random_):
@@ -156,7 +156,7 @@ def test_runs_that_are_killed_end_as_if_they_were_not(whole, compiled, tmp_path,
         process.kill()
         process.join()
         kills += process.exitcode == -signal.SIGKILL
-        steps.append(max(checkpoint_steps(folder), default=0) if folder.exists() else 0)
+        steps.append(max(steps_of(folder), default=0) if folder.exists() else 0)
         if process.exitcode == 0 or kills == KILLS:
             start(folder)
             assert_same(result(folder), whole)

@@ -13,11 +13,12 @@ pytest.importorskip("grain", reason="the experiments need pip install crsam_jax[
 import jax
 
 from experiments import recipes
+from experiments.checkpoints import steps_of
 from experiments.configs import Run
 from experiments.data import imagenet
 from experiments.evaluate import evaluate_run
 from experiments.logs import Log, read_epochs, read_steps
-from experiments.restore import checkpoint_steps, restore
+from experiments.restore import restore
 from experiments.train import train
 from tests.prepared import prepare
 
@@ -90,7 +91,7 @@ def test_stopped_within_an_epoch_it_goes_on_at_the_very_batch(whole, run_of, tmp
         patch.setattr(Log, "step", with_signal)
         with pytest.raises(SystemExit):
             train(NAME, RECIPE, run_of(tmp_path))
-    assert checkpoint_steps(tmp_path)[-1] == 6
+    assert steps_of(tmp_path)[-1] == 6
     train(NAME, RECIPE, run_of(tmp_path))
     found, wanted = (restore(path, run=run_of(path)).state for path in (tmp_path, whole))
     jax.tree.map(np.testing.assert_array_equal, found, wanted)

@@ -19,11 +19,12 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import recipes
+from experiments.checkpoints import steps_of
 from experiments.configs import Run
 from experiments.evaluate import evaluate_run
 from experiments.export import export
 from experiments.logs import Log, read_epochs, read_steps
-from experiments.restore import checkpoint_steps, restore
+from experiments.restore import restore
 from experiments.train import train
 
 ROOT = Path(__file__).parents[1]
@@ -77,7 +78,7 @@ def test_diagnostics_of_the_optimizer_stand_beside_the_loss(whole):
 
 def test_a_checkpoint_evaluates_to_what_was_logged(whole):
     rows = read_epochs(whole / "metrics.csv")
-    for step in checkpoint_steps(whole)[-2:]:
+    for step in steps_of(whole)[-2:]:
         result = evaluate_run(whole, step=step, run=run_of(whole))
         [row] = [row for row in rows if row.step == step]
         assert result == pytest.approx((row.test_loss, row.test_accuracy, row.calibration_error), rel=1e-6)
@@ -120,7 +121,7 @@ def test_a_signal_saves_and_exits_and_the_run_goes_on(kind, whole, tmp_path, mon
         with pytest.raises(SystemExit) as exit_:
             train(NAME, RECIPE, run_of(tmp_path))
     assert exit_.value.code == 128 + kind
-    assert checkpoint_steps(tmp_path)[-1] == 35
+    assert steps_of(tmp_path)[-1] == 35
     assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == handlers
     train(NAME, RECIPE, run_of(tmp_path))
     assert_same_run(tmp_path, whole)
@@ -155,7 +156,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_is_never_saved(tmp_path):
     recipe = dataclasses.replace(RECIPE, method="base", learning_rate=1e38)
     with pytest.raises(FloatingPointError, match=r"not finite .*step (\d+) \(epoch 1\).*1e\+38") as error:
         train(NAME, recipe, run_of(tmp_path, checkpoint_steps=1))
-    for step in checkpoint_steps(tmp_path):
+    for step in steps_of(tmp_path):
         assert f"last checkpoint is that of step {step}" in str(error.value)
         leaves = jax.tree.leaves(restore(tmp_path, step, run_of(tmp_path)).state.params)
         assert all(np.isfinite(leaf).all() for leaf in leaves)
@@ -170,7 +171,7 @@ def test_without_a_checkpoint_the_error_says_so(tmp_path):
 def test_checkpoints_are_the_newest_few_and_every_kth_epoch(tmp_path):
     recipe = dataclasses.replace(RECIPE, method="base", epochs=6)
     train(NAME, recipe, run_of(tmp_path, keep=1, keep_every=2))
-    assert checkpoint_steps(tmp_path) == [2 * STEPS, 4 * STEPS, 6 * STEPS]
+    assert steps_of(tmp_path) == [2 * STEPS, 4 * STEPS, 6 * STEPS]
     with pytest.raises(FileNotFoundError, match=r"step 20 .*40, 80, 120"):
         restore(tmp_path, step=STEPS, run=run_of(tmp_path))
 

@@ -5,8 +5,8 @@ padding of an evaluation's last batches: every process sees equally many batches
 hosts need.
 """
 
+import dataclasses
 import io
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,87 +36,73 @@ CORRUPTIONS = (
 Batch = dict[str, np.ndarray]
 
 
-def train_batches(
-    batch_size: int,
-    seed: int,
-    *,
-    data_dir: str | Path | None = None,
-    name: str = "imagenet2012",
-    image_size: int = 224,
-    num_workers: int = 8,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> grain.DatasetIterator[Batch]:
-    """Endless random batches: shuffled anew each epoch, Inception-style crops, flips.
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """ImageNet and its relatives, as one of several processes reads them.
 
-    Args:
-      batch_size: of all processes together.
-      seed: of order and crops; the same on every process.
+    Data that is not there is a FileNotFoundError that says what to do, and a batch that the processes cannot share
+    equally a ValueError. Batch sizes are those of all processes together.
+
+    Attributes:
       data_dir: see :func:`experiments.data.source.find_data_dir`.
-      name: of the TFDS data set.
       image_size: side of the crops in pixels.
       num_workers: processes that decode; 0 decodes in this one.
       process_index: which share of the data, ``jax.process_index()``.
       process_count: of how many, ``jax.process_count()``.
-
-    Returns:
-      An iterator; ``get_state()`` and ``set_state(...)`` make it resume at the very batch.
-
-    Raises:
-      FileNotFoundError: saying what to do, if the data is not there.
-      ValueError: if the processes cannot share a batch equally.
     """
-    local_batch_size = _local_batch_size(batch_size, process_count)
-    dataset = grain.MapDataset.source(_source(name, "train", data_dir)).seed(seed).shuffle()
-    dataset = dataset[process_index::process_count].repeat().random_map(partial(train_example, image_size=image_size))
-    return iter(_in_workers(dataset.batch(local_batch_size, drop_remainder=True), num_workers))
 
+    data_dir: str | Path | None = None
+    image_size: int = 224
+    num_workers: int = 8
+    process_index: int = 0
+    process_count: int = 1
 
-def eval_batches(
-    batch_size: int,
-    *,
-    data_dir: str | Path | None = None,
-    name: str = "imagenet2012",
-    split: str = "validation",
-    image_size: int = 224,
-    num_workers: int = 8,
-    process_index: int = 0,
-    process_count: int = 1,
-) -> Iterator[Batch]:
-    """One pass in order: the shorter side resized to 8/7 of ``image_size``, then the central crop.
+    def train_batches(self, batch_size: int, seed: int, name: str = "imagenet2012") -> grain.DatasetIterator[Batch]:
+        """Endless random batches: shuffled anew each epoch, Inception-style crops, flips; ``seed`` is that of all.
 
-    Args:
-      batch_size: of all processes together.
-      data_dir: see :func:`experiments.data.source.find_data_dir`.
-      name: ``"imagenet2012"``, ``"imagenet2012_corrupted/fog_3"`` or ``"imagenet_r"``.
-      split: ``"validation"``; ``"test"`` for imagenet_r.
-      image_size: side of the crops in pixels.
-      num_workers: processes that decode; 0 decodes in this one.
-      process_index: which share of the data, ``jax.process_index()``.
-      process_count: of how many, ``jax.process_count()``.
+        The iterator's ``get_state()`` and ``set_state(...)`` make it resume at the very batch.
+        """
+        dataset = grain.MapDataset.source(self._source(name, "train")).seed(seed).shuffle()
+        dataset = dataset[self.process_index :: self.process_count].repeat()
+        return self._batches(dataset.random_map(partial(train_example, image_size=self.image_size)), batch_size)
 
-    Returns:
-      An iterator over batches, the last ones padded.
+    def eval_batches(
+        self, batch_size: int, name: str = "imagenet2012", split: str = "validation"
+    ) -> grain.DatasetIterator[Batch]:
+        """One pass in order, the last batches padded: 8/7 of ``image_size`` for the shorter side, the central crop.
 
-    Raises:
-      FileNotFoundError: saying what to do, if the data is not there.
-      ValueError: if the processes cannot share a batch equally.
-    """
-    local_batch_size = _local_batch_size(batch_size, process_count)
-    source = _source(name, split, data_dir)
-    padded = Padded(source, -(-len(source) // batch_size) * batch_size)
-    dataset = grain.MapDataset.source(padded)[process_index::process_count].map(
-        partial(eval_example, image_size=image_size)
-    )
-    return iter(_in_workers(dataset.batch(local_batch_size, drop_remainder=True), num_workers))
+        Names are ``"imagenet2012"``, ``"imagenet2012_corrupted/fog_3"``, or ``"imagenet_r"`` with the split ``"test"``.
+        """
+        source = self._source(name, split)
+        dataset = grain.MapDataset.source(Padded(source, -(-len(source) // batch_size) * batch_size))
+        dataset = dataset[self.process_index :: self.process_count]
+        return self._batches(dataset.map(partial(eval_example, image_size=self.image_size)), batch_size)
 
+    def classes_present(self, name: str, split: str) -> np.ndarray:
+        """The classes that occur, ascending: 200 in ImageNet-R, among whose logits alone its accuracy is measured."""
+        source = self._source(name, split)
+        starts = range(0, len(source), 1000)
+        chunks = (source.__getitems__(list(range(start, min(start + 1000, len(source))))) for start in starts)
+        return np.unique([example["label"] for chunk in chunks for example in chunk])
 
-def classes_present(name: str, split: str, data_dir: str | Path | None = None) -> np.ndarray:
-    """The classes that occur, ascending: 200 in ImageNet-R, among whose logits alone its accuracy is measured."""
-    source = _source(name, split, data_dir)
-    starts = range(0, len(source), 1000)
-    chunks = (source.__getitems__(list(range(start, min(start + 1000, len(source))))) for start in starts)
-    return np.unique([example["label"] for chunk in chunks for example in chunk])
+    def _source(self, name: str, split: str) -> Any:
+        import tensorflow_datasets as tfds
+
+        builder = find_builder(name, self.data_dir)
+        with undamaged(name, self.data_dir):
+            return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
+
+    def _batches(self, examples: grain.MapDataset[Batch], batch_size: int) -> grain.DatasetIterator[Batch]:
+        """Each worker makes whole batches, every ``num_workers``-th, so that their number does not change the order."""
+        if batch_size < 1 or batch_size % self.process_count:
+            raise ValueError(f"A batch of {batch_size} cannot be shared equally by {self.process_count} processes.")
+        batches = examples.batch(batch_size // self.process_count, drop_remainder=True)
+        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+        if self.num_workers:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
+            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
+        return iter(dataset)
 
 
 def train_example(element: dict[str, Any], rng: np.random.Generator, *, image_size: int) -> Batch:
@@ -182,33 +168,9 @@ def central_box(image: Image.Image) -> tuple[float, float, float, float]:
     return left, upper, left + side, upper + side
 
 
-def _source(name: str, split: str, data_dir: str | Path | None) -> Any:
-    import tensorflow_datasets as tfds
-
-    builder = find_builder(name, data_dir)
-    with undamaged(name, data_dir):
-        return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
-
-
 def _decode(data: bytes) -> Image.Image:
     return Image.open(io.BytesIO(data)).convert("RGB")
 
 
 def _example(pixels: np.ndarray, label: int) -> Batch:
     return {"image": np.ascontiguousarray(pixels), "label": np.asarray(label, np.int32)}
-
-
-def _in_workers(batches: grain.MapDataset[Batch], num_workers: int) -> grain.IterDataset[Batch]:
-    """Each worker makes whole batches, every ``num_workers``-th, so that their number does not change the order."""
-    dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
-    if not num_workers:
-        return dataset
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
-    return dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
-
-
-def _local_batch_size(batch_size: int, process_count: int) -> int:
-    if batch_size < 1 or batch_size % process_count:
-        raise ValueError(f"A batch of {batch_size} cannot be shared equally by {process_count} processes.")
-    return batch_size // process_count

@@ -29,14 +29,7 @@ def find_data_dir(data_dir: str | Path | None = None) -> Path:
 
 
 def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
-    """The TFDS builder of a data set that has been prepared; never downloads.
-
-    Args:
-      name: of the data set, with its configuration if it has several: ``"imagenet2012_corrupted/fog_3"``.
-      data_dir: see :func:`find_data_dir`.
-
-    Returns:
-      The ``tfds.core.DatasetBuilder``.
+    """The TFDS builder of a data set that has been prepared, such as "imagenet2012_corrupted/fog_3"; never downloads.
 
     Raises:
       FileNotFoundError: saying what to run, or where to put the data, if it is not there.
@@ -66,11 +59,7 @@ def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
 
 @contextlib.contextmanager
 def undamaged(name: str, data_dir: str | Path | None = None) -> Iterator[None]:
-    """Around what reads a data set: the libraries raise many kinds of errors where a file is damaged or cut off.
-
-    Raises:
-      ValueError: for any of them, with the data set, and what to do.
-    """
+    """Around what reads a data set: makes one ValueError of what the libraries raise where a file is damaged."""
     try:
         yield
     except (FileNotFoundError, ImportError, MemoryError, ValueError):

@@ -6,19 +6,7 @@ from experiments.data.dataset import Split
 
 
 def with_label_noise(split: Split, fraction: float, num_classes: int, seed: int) -> Split:
-    """Symmetric label noise: a fraction of the examples gets another class, each of the others as likely.
-
-    Args:
-      split: the split to corrupt; it is not changed.
-      fraction: how many labels become wrong, in [0, 1]; rounded to whole examples.
-      num_classes: how many classes there are.
-      seed: for which examples, and which labels.
-
-    Returns:
-      The same images with the new labels.
-
-    Raises:
-      ValueError: if ``fraction`` is not in [0, 1], or there is no other class.
+    """Symmetric label noise: a fraction of the labels, in whole examples, becomes another class, each as likely.
 
     Example:
       >>> split = Split(np.zeros((10, 1, 1, 1), np.uint8), np.arange(10, dtype=np.int32) % 2)
@@ -38,29 +26,13 @@ def with_label_noise(split: Split, fraction: float, num_classes: int, seed: int)
 
 
 def take_per_class(split: Split, count: int, seed: int) -> Split:
-    """A random subset with ``count`` examples of each class, in the order of the original.
-
-    Raises:
-      ValueError: if ``count`` is not positive, or a class has fewer examples.
-    """
+    """A random subset with ``count`` examples of each class, in the order of the original."""
     chosen, _ = divide(split.labels, dict.fromkeys(np.unique(split.labels).tolist(), count), seed)
     return Split(split.images[chosen], split.labels[chosen])
 
 
 def split_validation(split: Split, fraction: float, seed: int) -> tuple[Split, Split]:
-    """Divides into training and validation examples, each class alike (stratified).
-
-    Args:
-      split: the split to divide.
-      fraction: of each class, rounded to whole examples, that goes to validation; in (0, 1).
-      seed: for which ones.
-
-    Returns:
-      Training and validation split, both in the order of the original.
-
-    Raises:
-      ValueError: if ``fraction`` is not in (0, 1), or so small that a class would have no validation example.
-    """
+    """Training and validation examples, in the order of the original; of each class the fraction goes to the latter."""
     if not 0 < fraction < 1:
         raise ValueError(f"The validation fraction must be in (0, 1), got {fraction:g}.")
     classes, sizes = np.unique(split.labels, return_counts=True)

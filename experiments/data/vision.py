@@ -18,17 +18,10 @@ _READ_AT_ONCE = 1000
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Dataset:
-    """Loads a data set.
+    """Loads a data set, with ``mean`` and ``std`` of the training split.
 
-    Decoding takes some ten seconds the first time; the bytes are then kept in ``cache_dir``.
-
-    Args:
-      name: one of ``NAMES``.
-      data_dir: folder of prepared TFDS data sets; see :func:`experiments.data.source.find_data_dir`.
-      cache_dir: folder of decoded ones, ``~/.cache/crsam_jax`` by default.
-
-    Returns:
-      The data set, with ``mean`` and ``std`` measured on the training split.
+    Decoding takes some ten seconds the first time; the bytes are then kept in ``cache_dir``, ~/.cache/crsam_jax by
+    default. Of ``data_dir`` see :func:`experiments.data.source.find_data_dir`.
 
     Raises:
       ValueError: if there is no such data set, or its files are damaged.
@@ -51,13 +44,9 @@ def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | 
 def channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of each channel, of pixels in [0, 1], exactly: from counts of the 256 levels."""
     levels = np.arange(256) / 255
-    means, stds = [], []
-    for channel in np.moveaxis(images, -1, 0):
-        weights = np.bincount(channel.ravel(), minlength=256) / channel.size
-        mean = float(weights @ levels)
-        means.append(mean)
-        stds.append(float(np.sqrt(weights @ (levels - mean) ** 2)))
-    return tuple(means), tuple(stds)
+    weights = [np.bincount(channel.ravel(), minlength=256) / channel.size for channel in np.moveaxis(images, -1, 0)]
+    means = [float(w @ levels) for w in weights]
+    return tuple(means), tuple(float(np.sqrt(w @ (levels - mean) ** 2)) for w, mean in zip(weights, means, strict=True))
 
 
 def _decode(builder: Any, split: str) -> Split:
