@@ -121,10 +121,7 @@ def accuracy_over_flatness(groups: Mapping[str, Sequence[Any]], path: Path) -> N
 def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
     """Draws the accuracy of each trial over each setting that was searched, on a logarithmic scale; a row an arm.
 
-    Args:
-      found: of each arm the trials: settings by name, ``accuracy`` and ``accuracy_std``.
-      names: of the settings of all arms.
-      path: of the picture.
+    A trial has its settings by name, ``accuracy`` and ``accuracy_std``; ``names`` are the settings of all arms.
     """
     with style.drawn(path, height=0.6 + 1.5 * len(found), width=1 + 1.6 * len(names)) as figure:
         axes = figure.subplots(len(found), len(names), squeeze=False, sharey="row", sharex="col")

@@ -65,21 +65,19 @@ def write_run(folder, recipe):
     return run
 
 
-def fake_curvature(losses, snapshot, batch, settings, run, split):
+def fake_curvature(losses, snapshot, batch, settings, split):
     """Numbers that follow from the parameters, without their cost."""
     size = float(jax.tree.leaves(snapshot.params)[0].ravel()[0])
-    return Curvature(*run, snapshot.epoch, split, len(batch[1]), *[size + len(split)] * 11)
+    return Curvature(*snapshot.key, split, len(batch[1]), *[size + len(split)] * 11)
 
 
-def fake_ratio(losses, snapshot, batch, training_batch, settings, run):
-    return Ratio(*run, snapshot.epoch, len(batch[1]), settings.ratio_rho, 0.9 / snapshot.epoch, 0.1, 0.8, 0.1, 0, 1.0)
+def fake_ratio(losses, snapshot, batch, settings, batch_size):
+    return Ratio(*snapshot.key, len(batch[1]), settings.ratio_rho, 0.9 / snapshot.key[2], 0.1, 0.8, 0.1, 0, 1.0)
 
 
-def fake_surface(losses, snapshot, batch, settings, run):
+def fake_surface(losses, snapshot, batch, settings):
     grid = np.linspace(-1, 1, settings.surface_points)
-    return [
-        SurfacePoint(*run, snapshot.epoch, float(x), float(y), float(x**2 + 2 * y**2 + 0.1)) for y in grid for x in grid
-    ]
+    return [SurfacePoint(*snapshot.key, float(x), float(y), float(x**2 + 2 * y**2 + 0.1)) for y in grid for x in grid]
 
 
 @pytest.fixture(scope="module")
@@ -158,14 +156,18 @@ def softmax_losses():
 def linear():
     rng = np.random.default_rng(0)
     batch = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32), jnp.asarray(rng.integers(0, 4, 12))
-    return softmax_losses(), Snapshot(5, jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.arange(4.0)), batch
+    return (
+        softmax_losses(),
+        Snapshot(("sam", 3, 5), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.arange(4.0)),
+        batch,
+    )
 
 
 def test_the_measures_are_those_of_the_dense_hessian(linear):
     losses, snapshot, batch = linear
     whole = {"batch": batch, "model_state": snapshot.model_state}
     settings = Figures(num_probes=24, num_steps=12, batch_size=8)
-    row = measure_curvature(losses, snapshot, batch, settings, ("sam", 3), "test")
+    row = measure_curvature(losses, snapshot, batch, settings, "test")
     assert row[:5] == ("sam", 3, 5, "test", 12)
     hessian = np.asarray(jax.hessian(losses.mean)(snapshot.params, **whole)).reshape(12, 12)
     assert row.loss == pytest.approx(float(losses.mean(snapshot.params, **whole)), rel=1e-5)
@@ -180,14 +182,14 @@ def test_the_measures_are_those_of_the_dense_hessian(linear):
 def test_the_ratio_of_each_training_batch_has_its_own_perturbation(linear):
     losses, snapshot, batch = linear
     settings = Figures(ratio_rho=1e-3)
-    row = measure_ratio(losses, snapshot, batch, 4, settings, ("sam", 3))
+    row = measure_ratio(losses, snapshot, batch, settings, 4)
     assert row[:5] == ("sam", 3, 5, 12, 1e-3)
     assert row.ratio_of_means == pytest.approx(1, abs=0.02)  # the loss is all but linear that near
 
 
 def test_the_centre_of_the_surface_is_the_network(linear):
     losses, snapshot, batch = linear
-    points = measure_surface(losses, snapshot, batch, Figures(surface_points=3), ("sam", 3))
+    points = measure_surface(losses, snapshot, batch, Figures(surface_points=3))
     xs, ys, values = grid_of(points, "sam")
     np.testing.assert_array_equal((xs, ys), [[-1, 0, 1]] * 2)
     loss = losses.mean(snapshot.params, batch, snapshot.model_state)

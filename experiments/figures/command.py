@@ -88,7 +88,7 @@ def measure_all(
     losses = None  # the same for all runs, and so compiled once
     first_seed = min(run.recipe.seed for run in trained)
     for run in sorted(trained, key=lambda run: run.recipe.seed):
-        name, data, signature = (run.recipe.method, run.recipe.seed), load(run.recipe), signature_of(run.recipe)
+        data, signature = load(run.recipe), signature_of(run.recipe)
         losses = losses or measures.losses_of(run.recipe, signature)
         kept = snapshots(run, signature, settings.epochs)
         train = measures.examples(data.train, settings.train_examples, data)
@@ -96,17 +96,15 @@ def measure_all(
         if with_curvature:
             splits = {"train": train, "test": measures.examples(data.test, settings.test_examples, data)}
             for snapshot, (split, batch) in itertools.product(kept, splits.items()):
-                measure: Callable[[], Any] = partial(
-                    measures.measure_curvature, losses, snapshot, batch, settings, name, split
-                )
-                add(CURVATURE, Curvature, (*name, snapshot.epoch, split), measure)
-            few, size = measures.examples(data.train, settings.ratio_examples, data), run.recipe.batch_size
+                measure: Any = partial(measures.measure_curvature, losses, snapshot, batch, settings, split)
+                add(CURVATURE, Curvature, (*snapshot.key, split), measure)
+            few = measures.examples(data.train, settings.ratio_examples, data)
             for snapshot in kept:
-                measure = partial(measures.measure_ratio, losses, snapshot, few, size, settings, name)
-                add(RATIO, Ratio, (*name, snapshot.epoch), measure)
+                measure = partial(measures.measure_ratio, losses, snapshot, few, settings, run.recipe.batch_size)
+                add(RATIO, Ratio, snapshot.key, measure)
         if with_surface and run.recipe.seed == first_seed:
-            measure = partial(measures.measure_surface, losses, kept[-1], train, settings, name)
-            add(SURFACE, SurfacePoint, (*name, kept[-1].epoch), measure, settings.surface_points**2)
+            measure = partial(measures.measure_surface, losses, kept[-1], train, settings)
+            add(SURFACE, SurfacePoint, kept[-1].key, measure, settings.surface_points**2)
 
 
 def _add(

@@ -29,22 +29,18 @@ class Curvature(NamedTuple):
     method: str
     seed: int
     epoch: int
-    split: str
-    """train or test."""
+    split: str  # train or test
     examples: int
     loss: float
-    accuracy: float
-    """In percent."""
+    accuracy: float  # in percent
     gradient_norm: float
     trace: float
     trace_error: float
     normalized_trace: float
     normalized_trace_error: float
     top_eigenvalue: float
-    top_eigenvalue_residual: float
-    """An eigenvalue lies within this distance."""
-    trace_seconds: float
-    """For trace and gradient norm; in the first row with compilation, as below."""
+    top_eigenvalue_residual: float  # an eigenvalue lies within this distance
+    trace_seconds: float  # for trace and gradient norm; in the first row with compilation, as below
     top_eigenvalue_seconds: float
 
 
@@ -60,8 +56,7 @@ class Ratio(NamedTuple):
     ratio_of_means_error: float
     mean_of_ratios: float
     mean_of_ratios_error: float
-    excluded: int
-    """Examples whose loss hardly changes, left out of the mean of ratios."""
+    excluded: int  # examples whose loss hardly changes, left out of the mean of ratios
     seconds: float
 
 
@@ -77,14 +72,14 @@ class SurfacePoint(NamedTuple):
 
 
 class Losses(NamedTuple):
-    """Functions of params, a batch of normalized images and labels, and model state; compiled once if used again."""
+    """Functions of params, a batch of normalized images and labels, and model state.
 
-    mean: Loss
-    """Cross-entropy, the batch's mean."""
-    each: Loss
-    """That of each example, [examples]."""
-    accuracy: Loss
-    """In percent."""
+    Each is one object for all checkpoints, so that it is compiled once.
+    """
+
+    mean: Loss  # cross-entropy, the batch's mean
+    each: Loss  # that of each example, [examples]
+    accuracy: Loss  # in percent
 
 
 def losses_of(recipe: Recipe, signature: Signature) -> Losses:
@@ -112,10 +107,8 @@ def examples(split: Split, count: int, dataset: Dataset) -> Batch:
     return normalize(jnp.asarray(split.images), dataset.mean, dataset.std), jnp.asarray(split.labels)
 
 
-def measure_curvature(
-    losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, run: tuple[str, int], split: str
-) -> Curvature:
-    """Loss, gradient norm, trace, normalized trace and largest eigenvalue on a set of images; a run is method, seed."""
+def measure_curvature(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, split: str) -> Curvature:
+    """Loss, gradient norm, trace, normalized trace and largest eigenvalue on images of a split."""
     params, data = snapshot.params, _data(snapshot, batch, settings.batch_size)
     key = jax.random.key(0)  # the same probes for all checkpoints
     size = len(batch[1])
@@ -131,34 +124,26 @@ def measure_curvature(
     )
     trace = normalized.trace
     return Curvature(
-        *run, snapshot.epoch, split, size, loss, accuracy, normalized.gradient_norm, trace.mean, trace.standard_error,
+        *snapshot.key, split, size, loss, accuracy, normalized.gradient_norm, trace.mean, trace.standard_error,
         normalized.mean, normalized.standard_error, float(top.values[0]), float(top.residuals[0]), trace_seconds,
         top_seconds,
     )  # fmt: skip
 
 
-def measure_ratio(
-    losses: Losses, snapshot: Snapshot, batch: Batch, training_batch: int, settings: Figures, run: tuple[str, int]
-) -> Ratio:
+def measure_ratio(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, batch_size: int) -> Ratio:
     """The approximation ratio, each batch, as large as in training, with its own perturbation, as SAM has it."""
-    data, rho = _data(snapshot, batch, training_batch), settings.ratio_rho
+    data, rho = _data(snapshot, batch, batch_size), settings.ratio_rho
     ratio, seconds = _timed(lambda: curvature.approximation_ratio(losses.each, snapshot.params, data, rho=rho))
     return Ratio(
-        *run, snapshot.epoch, ratio.num_examples, rho, ratio.ratio_of_means, ratio.ratio_of_means_standard_error,
+        *snapshot.key, ratio.num_examples, rho, ratio.ratio_of_means, ratio.ratio_of_means_standard_error,
         ratio.mean_of_ratios, ratio.standard_error, ratio.num_excluded, seconds,
     )  # fmt: skip
 
 
-def measure_surface(
-    losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, run: tuple[str, int]
-) -> list[SurfacePoint]:
-    """The loss along two orthogonal filter-normalized random directions, drawn from the same key for all networks.
+def measure_surface(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures) -> list[SurfacePoint]:
+    """The loss along two orthogonal filter-normalized random directions, the same for all networks; x runs fastest.
 
-    Returns:
-      A row a point, x running fastest.
-
-    References:
-      Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
+    After Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
     """
     axes = landscape.filter_normalized_directions(snapshot.params, jax.random.key(0))
     grid = np.linspace(-settings.surface_extent, settings.surface_extent, settings.surface_points)
@@ -166,7 +151,7 @@ def measure_surface(
     # One point at a time: convolutions batched over params are slow on CPU.
     values = landscape.surface(losses.mean, snapshot.params, (axes[0], axes[1]), grid, grid, data, chunk_size=1)
     return [
-        SurfacePoint(*run, snapshot.epoch, float(x), float(y), float(loss))
+        SurfacePoint(*snapshot.key, float(x), float(y), float(loss))
         for y, row in zip(grid, values, strict=True)
         for x, loss in zip(grid, row, strict=True)
     ]

@@ -40,13 +40,9 @@ _SETTINGS: dict[Any, Any] = {
 
 @contextlib.contextmanager
 def drawn(path: Path, height: float, width: float = WIDTH, legend: tuple[str, int] | None = None) -> Iterator[Figure]:
-    """An empty figure, which is saved once it is drawn: as PNG, and for a path that ends in .svg as both.
+    """An empty figure, in inches, which is saved once it is drawn: as PNG, or as SVG and a PNG of 256 colours.
 
-    Args:
-      path: of the file; beside an SVG the PNG has 256 colours.
-      height: in inches.
-      width: in inches.
-      legend: of the first axes: "upper" or "lower", and its number of columns.
+    A legend is "upper" or "lower" and a number of columns, and names what the first axes hold.
     """
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(width, height), layout="constrained")

@@ -34,9 +34,9 @@ class Trained(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A network after an epoch: params, and the other state, which is BatchNorm's statistics."""
+    """A network after an epoch; what is no parameter of it is BatchNorm's statistics."""
 
-    epoch: int
+    key: tuple[str, int, int]  # method, seed, epoch
     params: Any
     model_state: Any
 
@@ -80,5 +80,6 @@ def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) ->
         kept = [step // per_epoch for step in checkpoints.steps if step % per_epoch == 0]
         if missing := sorted(set(epochs) - set(kept)):
             raise FileNotFoundError(f"{run.folder} kept no checkpoint of the epochs {missing}; there are {kept}.")
-        states = [(epoch, checkpoints.restore(like, epoch * per_epoch)[0]) for epoch in epochs or kept]
-    return [Snapshot(epoch, program.weights(state), state.model_state) for epoch, state in states]
+        states = {epoch: checkpoints.restore(like, epoch * per_epoch)[0] for epoch in epochs or kept}
+    name = run.recipe.method, run.recipe.seed
+    return [Snapshot((*name, epoch), program.weights(state), state.model_state) for epoch, state in states.items()]
