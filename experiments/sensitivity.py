@@ -62,12 +62,11 @@ def sensitivity(name: str, recipe: Recipe, seeds: int, processes: int, run: Run)
     Returns:
       The folder with runs.csv, the tables of :func:`experiments.compare.compare` and sensitivity.png.
     """
-    names = [grid.arm(x, y) for grid in GRIDS for x in grid.across.values for y in grid.up.values]
-    folder = compare(name, recipe, Compare(tuple(dict.fromkeys(names)), seeds, processes=processes), {}, run)
-    accuracies: dict[str, list[float]] = {}
-    for row in tables.read(folder / "runs.csv", Result):
-        accuracies.setdefault(row.arm, []).append(row.test_accuracy)
-    heat_maps({arm: mean_and_deviation(found) for arm, found in accuracies.items()}, seeds, folder / "sensitivity.png")
+    names = tuple(grid.arm(x, y) for grid in GRIDS for x in grid.across.values for y in grid.up.values)
+    folder = compare(name, recipe, Compare(names, seeds, processes=processes), {}, run)
+    rows = tables.read(folder / "runs.csv", Result)
+    found = {arm: mean_and_deviation([row.test_accuracy for row in rows if row.arm == arm]) for arm in names}
+    heat_maps(found, seeds, folder / "sensitivity.png")
     return folder
 
 

@@ -73,15 +73,8 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     return out
 
 
-def measure_all(
-    trained: Sequence[Trained], settings: Figures, out: Path, with_curvature: bool, with_surface: bool
-) -> None:
-    """Adds what is missing to curvature.csv and ratio.csv (every epoch), and surface.csv (the last, of the first seed).
-
-    Raises:
-      FileExistsError: if ``out`` holds numbers measured with other settings.
-      ValueError: for ImageNet.
-    """
+def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvature: bool, surface: bool) -> None:
+    """Adds what is missing to curvature.csv and ratio.csv (all epochs), and to surface.csv (the last, first seed)."""
     if trained[0].recipe.dataset == "imagenet2012":
         raise ValueError("Figures are drawn from data sets that fit into memory, and ImageNet does not.")
     _check_settings(settings, out)
@@ -93,7 +86,7 @@ def measure_all(
         kept = snapshots(run, signature, settings.epochs)
         train = measures.examples(data.train, settings.train_examples, data)
         add = partial(_add, out, f"{run.label}, seed {run.recipe.seed}")
-        if with_curvature:
+        if curvature:
             splits = {"train": train, "test": measures.examples(data.test, settings.test_examples, data)}
             for snapshot, (split, batch) in itertools.product(kept, splits.items()):
                 measure: Any = partial(measures.measure_curvature, losses, snapshot, batch, settings, split)
@@ -102,7 +95,7 @@ def measure_all(
             for snapshot in kept:
                 measure = partial(measures.measure_ratio, losses, snapshot, few, settings, run.recipe.batch_size)
                 add(RATIO, Ratio, snapshot.key, measure)
-        if with_surface and run.recipe.seed == first_seed:
+        if surface and run.recipe.seed == first_seed:
             measure = partial(measures.measure_surface, losses, kept[-1], train, settings)
             add(SURFACE, SurfacePoint, kept[-1].key, measure, settings.surface_points**2)
 

@@ -49,8 +49,8 @@ def drawn(path: Path, height: float, width: float = WIDTH, legend: tuple[str, in
         yield figure
         if legend:
             where, columns = legend
-            lines = figure.axes[0].get_legend_handles_labels()
-            figure.legend(*lines, loc=f"outside {where} center", ncols=columns)
+            place: Any = f"outside {where} center"
+            figure.legend(*figure.axes[0].get_legend_handles_labels(), loc=place, ncols=columns)
         picture = path.with_suffix(".png")
         figure.savefig(picture, dpi=150)
         if path.suffix == ".svg":
