@@ -16,7 +16,7 @@ from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.figures import command, measures
 from experiments.figures.command import CURVATURE, RATIO, SURFACE
-from experiments.figures.drawings import grid_of, interactive
+from experiments.figures.drawings import cells, grid_of, interactive
 from experiments.figures.measures import (
     Curvature,
     Ratio,
@@ -26,7 +26,6 @@ from experiments.figures.measures import (
     measure_surface,
 )
 from experiments.figures.settings import Figures
-from experiments.figures.table import cells
 from experiments.figures.trained import Snapshot, Trained, find_runs, snapshots
 from experiments.inputs import load, signature_of
 from experiments.logs import EpochRow

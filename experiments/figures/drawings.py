@@ -1,8 +1,8 @@
-"""Figures 1, 2, 4 and 5 from the numbers; a mapping of labels says which methods to draw, and in which order."""
+"""Figures 1, 2, 4 and 5 and table 3 from the numbers; labels say which methods they show, and in which order."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -13,6 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.figures import style
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
 from experiments.figures.trained import Trained
+from experiments.tables import markdown, mean_and_deviation
 
 Labels = Mapping[str, str]
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray]
@@ -28,13 +29,20 @@ _NAMES = {
     "train_accuracy": "training accuracy, %",
     "test_accuracy": "test accuracy, %",
 }
+# Of table 3.
+_COLUMNS = {"gradient_norm": "‖∇L‖", "trace": "Tr ∇²L", "normalized_trace": "C(w)", "top_eigenvalue": "λ₁"}
+_TITLES = {
+    "test": "Test set, as in the paper; accuracy on all test images of the runs, the rest on {} of them",
+    "train": "Training set, {} images",
+}
+
 _SPLITS = {"train": ("-", "o", "training set"), "test": ("--", "s", "test set")}
 _COLORS = "viridis"
 _FIRST, _SECOND = "along d₁", "along d₂"
 
 
 def figure_1(curvature: Sequence[Curvature], ratios: Sequence[Ratio], labels: Labels, out: Path) -> None:
-    """Approximation ratio, trace and largest eigenvalue on the training set; labels are in the order to draw."""
+    """Approximation ratio, trace and largest eigenvalue on the training set."""
     on_train = [row for row in curvature if row.split == "train"]
     panels: dict[str, Sequence[Any]] = {"ratio_of_means": ratios, "trace": on_train, "top_eigenvalue": on_train}
     with style.drawn(out / "figure1.svg", 2.3, legend=("upper", len(labels))) as figure:
@@ -183,3 +191,43 @@ def _grids(points: Sequence[SurfacePoint], labels: Labels) -> tuple[list[Grid], 
     grids = [grid_of(points, method) for method in labels]
     losses = np.stack([losses for _, _, losses in grids])
     return grids, max(float(losses.min()), 1e-3), float(losses.max())
+
+
+class Cell(NamedTuple):
+    """A mean over runs, and their sample standard deviation, NaN for a single run."""
+
+    mean: float
+    deviation: float
+
+    def __str__(self) -> str:
+        text = f"{self.mean:.2f}"
+        return text if self.deviation != self.deviation else f"{text} ± {self.deviation:.2f}"
+
+
+def cells(curvature: Sequence[Curvature], trained: Sequence[Trained], method: str, split: str) -> list[Cell]:
+    """The columns of a method: the measures on a split after the last epoch, then the accuracy on the split.
+
+    That on the test set is on all of the evaluation data, not on the images of the measures.
+    """
+    own = [row for row in curvature if row.method == method and row.split == split]
+    last = [row for row in own if row.epoch == max(r.epoch for r in own)]
+    accuracies = [row.accuracy for row in last]
+    if split == "test":
+        accuracies = [run.metrics[-1].test_accuracy for run in trained if run.recipe.method == method]
+    values = [[getattr(row, field) for row in last] for field in _COLUMNS]
+    return [Cell(*mean_and_deviation(numbers)) for numbers in (*values, accuracies)]
+
+
+def table_3(curvature: Sequence[Curvature], trained: Sequence[Trained], labels: Labels, out: Path) -> str:
+    """Writes and returns table3.md: mean ± sample standard deviation over seeds, on both sets."""
+    parts = []
+    for split, title in _TITLES.items():
+        rows = [row for row in curvature if row.split == split]
+        seeds, epoch = len({row.seed for row in rows}), max(row.epoch for row in rows)
+        spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
+        lines = [(label, *map(str, cells(curvature, trained, method, split))) for method, label in labels.items()]
+        table = markdown(("method", *_COLUMNS.values(), "accuracy, %"), lines)
+        parts.append(f"{title.format(rows[0].examples)}, after epoch {epoch}: {spread}.\n\n{table}")
+    text = "\n".join(parts)
+    (out / "table3.md").write_text(text)
+    return text
