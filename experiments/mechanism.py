@@ -1,7 +1,7 @@
 """Does a flat minimum go with accuracy? Rank correlations over the runs and over the methods of a comparison."""
 
 import csv
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ from scipy import stats
 
 from experiments import plots, tables
 from experiments.jobs import Result
-from experiments.tables import markdown
 
 MEASURES = {"normalized_trace": "C(w)", "trace": "trace", "curvature": "vᵀHv", "grad_norm": "‖∇L‖"}
 
@@ -30,46 +29,37 @@ def mechanism(folder: Path, tuned: Collection[str]) -> Path:
       ValueError: if the folder holds no comparison in which these were measured.
     """
     runs = [row for row in tables.read(folder / "runs.csv", Result) if row.normalized_trace is not None]
-    arms = list(dict.fromkeys(row.arm for row in runs))
-    if len(arms) < 3:
+    groups = {arm: [row for row in runs if row.arm == arm] for arm in dict.fromkeys(row.arm for row in runs)}
+    if len(groups) < 3:
         raise ValueError(f"{folder} holds no comparison of three methods whose Hessian's trace was measured.")
-    groups = [[row for row in runs if row.arm == arm] for arm in arms]
-    rows = [_correlations(field, label, groups, tuned) for field, label in MEASURES.items()]
+    rows = [{"measure": label} | _correlations(field, groups, tuned) for field, label in MEASURES.items()]
     tables.write(folder / "correlations.csv", rows)
     titles = ("measure", "accuracy, over methods", "over tuned ones", "within a method", "gap, over methods")
-    text = markdown(titles, [(row["measure"], *(f"{row[key]:+.2f}" for key in list(row)[1:])) for row in rows])
+    cells = [(label, *(f"{value:+.2f}" for value in values)) for label, *values in map(dict.values, rows)]
+    text = tables.markdown(titles, cells)
     tables.replace(folder / "correlations.md", text)
-    plots.accuracy_over_flatness(
-        dict(zip(map(_labels(folder).__getitem__, arms), groups, strict=True)), folder / "mechanism.png"
-    )
+    with (folder / "summary.csv").open() as file:
+        labels = {row["arm"]: row["label"] for row in csv.DictReader(file)}
+    plots.accuracy_over_flatness({labels[arm]: rows for arm, rows in groups.items()}, folder / "mechanism.png")
     tables.show(text)
     return folder
 
 
-def _labels(folder: Path) -> dict[str, str]:
-    """What each arm is called in tables."""
-    with (folder / "summary.csv").open() as file:
-        return {row["arm"]: row["label"] for row in csv.DictReader(file)}
-
-
-def _correlations(field: str, label: str, groups: Sequence[Sequence[Result]], tuned: Collection[str]) -> dict[str, Any]:
-    def over(groups: Sequence[Sequence[Result]], judged: Callable[[Result], float] = _accuracy) -> float:
-        measured = [np.mean([getattr(row, field) for row in rows]) for rows in groups]
-        return _rank(measured, [np.mean([judged(row) for row in rows]) for rows in groups])
-
-    within = [
-        _rank([getattr(row, field) for row in rows], list(map(_accuracy, rows))) for rows in groups if len(rows) > 2
+def _correlations(field: str, groups: Mapping[str, Sequence[Result]], tuned: Collection[str]) -> dict[str, Any]:
+    numbers = [
+        np.array([(getattr(row, field), row.test_accuracy, row.test_loss - row.train_loss) for row in rows])
+        for rows in groups.values()
     ]
+    measure, accuracy, gap = np.array([[np.mean(column) for column in runs.T] for runs in numbers]).T
+    is_tuned = [arm in tuned for arm in groups]
+    within = [_rank(runs[:, 0], runs[:, 1]) for runs in numbers if len(runs) > 2]
     return {
-        "measure": label, "over_methods": over(groups), "over_tuned": over([g for g in groups if g[0].arm in tuned]),
+        "over_methods": _rank(measure, accuracy),
+        "over_tuned": _rank(measure[is_tuned], accuracy[is_tuned]),
         "within_methods": float(np.nanmean(within)) if within else float("nan"),
-        "gap_over_methods": over(groups, lambda row: row.test_loss - row.train_loss),
-    }  # fmt: skip
+        "gap_over_methods": _rank(measure, gap),
+    }
 
 
-def _accuracy(row: Result) -> float:
-    return row.test_accuracy
-
-
-def _rank(x: Sequence[Any], y: Sequence[Any]) -> float:
+def _rank(x: np.ndarray, y: np.ndarray) -> float:
     return float(stats.spearmanr(x, y).statistic)

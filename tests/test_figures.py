@@ -14,14 +14,20 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 from experiments import recipes, tables
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.figures import command, measures, missing, network, surfaces
-from experiments.figures.measures import Curvature, Ratio
-from experiments.figures.missing import CURVATURE, RATIO, SURFACE
+from experiments.figures import command, measures
+from experiments.figures.command import CURVATURE, RATIO, SURFACE
+from experiments.figures.drawings import cells, grid_of, interactive
+from experiments.figures.measures import (
+    Curvature,
+    Ratio,
+    SurfacePoint,
+    measure_curvature,
+    measure_ratio,
+    measure_surface,
+)
 from experiments.figures.settings import Figures
-from experiments.figures.surface_plots import grid_of, interactive
-from experiments.figures.surfaces import SurfacePoint
-from experiments.figures.table import cells
 from experiments.figures.trained import Snapshot, Trained, find_runs, snapshots
+from experiments.inputs import load, signature_of
 from experiments.logs import EpochRow
 from experiments.program import make_program
 from experiments.scale import start
@@ -44,7 +50,7 @@ def write_run(folder, recipe):
     run.mkdir(parents=True)
     (run / "config.json").write_text(json.dumps(dataclasses.asdict(recipe)))
     tables.append(run / "metrics.csv", [metrics(epoch, 50.0 + epoch) for epoch in (1, 2)])
-    signature = network.signature_of(recipe, network.load(recipe))
+    signature = signature_of(recipe)
     program = make_program(recipe, signature, start(Run(devices=1)))
     rng = np.random.default_rng(0)
     state = jax.tree.map(
@@ -58,28 +64,26 @@ def write_run(folder, recipe):
     return run
 
 
-def fake_curvature(losses, snapshot, batch, settings, run, split):
+def fake_curvature(losses, snapshot, batch, settings, split):
     """Numbers that follow from the parameters, without their cost."""
     size = float(jax.tree.leaves(snapshot.params)[0].ravel()[0])
-    return Curvature(*run, snapshot.epoch, split, len(batch[1]), *[size + len(split)] * 11)
+    return Curvature(*snapshot.key, split, len(batch[1]), *[size + len(split)] * 11)
 
 
-def fake_ratio(losses, snapshot, batch, training_batch, settings, run):
-    return Ratio(*run, snapshot.epoch, len(batch[1]), settings.ratio_rho, 0.9 / snapshot.epoch, 0.1, 0.8, 0.1, 0, 1.0)
+def fake_ratio(losses, snapshot, batch, settings, batch_size):
+    return Ratio(*snapshot.key, len(batch[1]), settings.ratio_rho, 0.9 / snapshot.key[2], 0.1, 0.8, 0.1, 0, 1.0)
 
 
-def fake_surface(losses, snapshot, batch, settings, run):
+def fake_surface(losses, snapshot, batch, settings):
     grid = np.linspace(-1, 1, settings.surface_points)
-    return [
-        SurfacePoint(*run, snapshot.epoch, float(x), float(y), float(x**2 + 2 * y**2 + 0.1)) for y in grid for x in grid
-    ]
+    return [SurfacePoint(*snapshot.key, float(x), float(y), float(x**2 + 2 * y**2 + 0.1)) for y in grid for x in grid]
 
 
 @pytest.fixture(scope="module")
 def fakes():
     with pytest.MonkeyPatch.context() as patch:
         for name, fake in (("curvature", fake_curvature), ("ratio", fake_ratio), ("surface", fake_surface)):
-            patch.setattr(missing, f"measure_{name}", fake)
+            patch.setattr(measures, f"measure_{name}", fake)
         yield
 
 
@@ -144,21 +148,25 @@ def softmax_losses():
         x, y = batch
         return 100 * jnp.mean(jnp.argmax(x @ params + model_state, -1) == y)
 
-    return network.Losses(mean, each, accuracy)
+    return measures.Losses(mean, each, accuracy)
 
 
 @pytest.fixture
 def linear():
     rng = np.random.default_rng(0)
     batch = jnp.asarray(rng.normal(size=(12, 3)), jnp.float32), jnp.asarray(rng.integers(0, 4, 12))
-    return softmax_losses(), Snapshot(5, jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.arange(4.0)), batch
+    return (
+        softmax_losses(),
+        Snapshot(("sam", 3, 5), jnp.asarray(rng.normal(size=(3, 4)), jnp.float32), jnp.arange(4.0)),
+        batch,
+    )
 
 
 def test_the_measures_are_those_of_the_dense_hessian(linear):
     losses, snapshot, batch = linear
     whole = {"batch": batch, "model_state": snapshot.model_state}
     settings = Figures(num_probes=24, num_steps=12, batch_size=8)
-    row = measures.measure_curvature(losses, snapshot, batch, settings, ("sam", 3), "test")
+    row = measure_curvature(losses, snapshot, batch, settings, "test")
     assert row[:5] == ("sam", 3, 5, "test", 12)
     hessian = np.asarray(jax.hessian(losses.mean)(snapshot.params, **whole)).reshape(12, 12)
     assert row.loss == pytest.approx(float(losses.mean(snapshot.params, **whole)), rel=1e-5)
@@ -173,14 +181,14 @@ def test_the_measures_are_those_of_the_dense_hessian(linear):
 def test_the_ratio_of_each_training_batch_has_its_own_perturbation(linear):
     losses, snapshot, batch = linear
     settings = Figures(ratio_rho=1e-3)
-    row = measures.measure_ratio(losses, snapshot, batch, 4, settings, ("sam", 3))
+    row = measure_ratio(losses, snapshot, batch, settings, 4)
     assert row[:5] == ("sam", 3, 5, 12, 1e-3)
     assert row.ratio_of_means == pytest.approx(1, abs=0.02)  # the loss is all but linear that near
 
 
 def test_the_centre_of_the_surface_is_the_network(linear):
     losses, snapshot, batch = linear
-    points = surfaces.measure_surface(losses, snapshot, batch, Figures(surface_points=3), ("sam", 3))
+    points = measure_surface(losses, snapshot, batch, Figures(surface_points=3))
     xs, ys, values = grid_of(points, "sam")
     np.testing.assert_array_equal((xs, ys), [[-1, 0, 1]] * 2)
     loss = losses.mean(snapshot.params, batch, snapshot.model_state)
@@ -189,15 +197,14 @@ def test_the_centre_of_the_surface_is_the_network(linear):
 
 def test_the_measured_loss_is_that_of_evaluation_mode(folder):
     run = find_runs(folder)[0]
-    dataset = network.load(run.recipe)
-    signature = network.signature_of(run.recipe, dataset)
+    dataset, signature = load(run.recipe), signature_of(run.recipe)
     [last] = snapshots(run, signature, [2])
     program = make_program(run.recipe, signature, start(Run(devices=1)))
     images, labels = dataset.train
     total, correct, count, *_ = program.judge.evaluate(
         last.params, last.model_state, (jnp.asarray(images), jnp.asarray(labels)), None
     )
-    losses, batch = network.losses_of(run.recipe, signature), network.examples(dataset.train, 1000, dataset)
+    losses, batch = measures.losses_of(run.recipe, signature), measures.examples(dataset.train, 1000, dataset)
     arguments = last.params, batch, last.model_state
     assert float(losses.mean(*arguments)) == pytest.approx(float(total / count), rel=1e-5)
     assert float(losses.accuracy(*arguments)) == pytest.approx(float(100 * correct / count), rel=1e-5)
@@ -205,7 +212,7 @@ def test_the_measured_loss_is_that_of_evaluation_mode(folder):
 
 def test_an_epoch_that_was_not_kept_is_named(folder):
     run = find_runs(folder)[0]
-    signature = network.signature_of(run.recipe, network.load(run.recipe))
+    signature = signature_of(run.recipe)
     with pytest.raises(FileNotFoundError, match=r"epochs \[7\]; there are \[1, 2\]"):
         snapshots(run, signature, [1, 7])
 

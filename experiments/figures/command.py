@@ -1,20 +1,33 @@
 """One command a figure: measure what is missing, then draw."""
 
+import dataclasses
+import itertools
+import json
+import math
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from rich.console import Console
 
 from experiments import ranges, tables
-from experiments.figures.curvature_plots import figure_1, figure_2
-from experiments.figures.measures import Curvature, Ratio
-from experiments.figures.missing import CURVATURE, RATIO, SURFACE, measure_all
+from experiments.figures import measures
+from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
+from experiments.figures.measures import Curvature, Ratio, SurfacePoint
 from experiments.figures.settings import Figures, What
-from experiments.figures.surface_plots import figure_4, interactive
-from experiments.figures.surfaces import SurfacePoint
-from experiments.figures.table import table_3
-from experiments.figures.trained import find_runs
-from experiments.figures.training_plots import figure_5
+from experiments.figures.trained import Trained, find_runs, snapshots
+from experiments.inputs import load, signature_of
 
-_NEEDS_CURVATURE = ("all", "figure1", "figure2", "table3")
-_NEEDS_SURFACE = ("all", "figure4", "html")
+CURVATURE, RATIO, SURFACE = "curvature.csv", "ratio.csv", "surface.csv"
+
+_SAID = {
+    CURVATURE: ", epoch {epoch}, {split}: loss {loss:.3f}, gradient norm {gradient_norm:.3f}, "
+    "trace {trace:.1f} ± {trace_error:.1f}, largest eigenvalue {top_eigenvalue:.2f}",
+    RATIO: ", epoch {epoch}: ratio {ratio_of_means:.3f}",
+    SURFACE: ": {side}² points in {elapsed:.0f} s",
+}
 
 
 def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path | None = None) -> Path:  # noqa: B008
@@ -37,7 +50,7 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
     labels = {run.recipe.method: run.label for run in trained}
     out.mkdir(parents=True, exist_ok=True)
     if what != "figure5":
-        measure_all(trained, settings, out, what in _NEEDS_CURVATURE, what in _NEEDS_SURFACE)
+        measure_all(trained, settings, out, what not in ("figure4", "html"), what in ("all", "figure4", "html"))
     curvature, ratios = tables.read(out / CURVATURE, Curvature), tables.read(out / RATIO, Ratio)
     points = tables.read(out / SURFACE, SurfacePoint)
     if what in ("all", "figure1"):
@@ -54,3 +67,51 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
         interactive(points, labels, out)
     print(f"Numbers and figures are in {out}.")
     return out
+
+
+def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvature: bool, surface: bool) -> None:
+    """Adds what is missing to curvature.csv and ratio.csv (all epochs), and to surface.csv (the last, first seed)."""
+    if trained[0].recipe.dataset == "imagenet2012":
+        raise ValueError("Figures are drawn from data sets that fit into memory, and ImageNet does not.")
+    _check_settings(settings, out)
+    losses = None  # the same for all runs, and so compiled once
+    first_seed = min(run.recipe.seed for run in trained)
+    for run in sorted(trained, key=lambda run: run.recipe.seed):
+        data, signature = load(run.recipe), signature_of(run.recipe)
+        losses = losses or measures.losses_of(run.recipe, signature)
+        kept = snapshots(run, signature, settings.epochs)
+        train = measures.examples(data.train, settings.train_examples, data)
+        add = partial(_add, out, f"{run.label}, seed {run.recipe.seed}")
+        if curvature:
+            splits = {"train": train, "test": measures.examples(data.test, settings.test_examples, data)}
+            for snapshot, (split, batch) in itertools.product(kept, splits.items()):
+                measure: Any = partial(measures.measure_curvature, losses, snapshot, batch, settings, split)
+                add(CURVATURE, Curvature, (*snapshot.key, split), measure)
+            few = measures.examples(data.train, settings.ratio_examples, data)
+            for snapshot in kept:
+                measure = partial(measures.measure_ratio, losses, snapshot, few, settings, run.recipe.batch_size)
+                add(RATIO, Ratio, snapshot.key, measure)
+        if surface and run.recipe.seed == first_seed:
+            measure = partial(measures.measure_surface, losses, kept[-1], train, settings)
+            add(SURFACE, SurfacePoint, kept[-1].key, measure, settings.surface_points**2)
+
+
+def _add(
+    out: Path, run: str, file: str, row_type: Any, key: tuple[Any, ...], measure: Callable[[], Any], count: int = 1
+) -> None:
+    """Measures and appends the rows that begin with a key, unless the file holds as many."""
+    if sum(row[: len(key)] == key for row in tables.read(out / file, row_type)) >= count:
+        return
+    start, found = time.perf_counter(), measure()
+    rows = found if isinstance(found, list) else [found]
+    tables.append(out / file, rows)
+    values = {"side": math.isqrt(len(rows)), "elapsed": time.perf_counter() - start}
+    Console().print(run + _SAID[file].format(**values, **rows[0]._asdict()))
+
+
+def _check_settings(settings: Figures, out: Path) -> None:
+    """The numbers of a folder are of one kind."""
+    path, text = out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise FileExistsError(f"{out} holds numbers measured with other settings; name another folder with --out.")
+    path.write_text(text)

@@ -1,18 +1,26 @@
-"""The numbers behind figures 1 and 2 and table 3, of one network after one epoch."""
+"""What is measured of one network after one epoch, without augmentation: what figures 1, 2 and 4 and table 3 show."""
 
 import time
 from collections.abc import Callable
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
 
-from crsam_jax import curvature
-from experiments.figures.network import Losses
+from crsam_jax import curvature, landscape
+from experiments.augment import normalize
+from experiments.data import subset
+from experiments.data.dataset import Dataset, Split
 from experiments.figures.settings import Figures
 from experiments.figures.trained import Snapshot
-from experiments.inputs import Batch
+from experiments.inputs import Batch, Signature
+from experiments.network import make_network
+from experiments.recipes import Recipe
 
 T = TypeVar("T")
+Loss = Callable[[Any, Batch, Any], jax.Array]
 
 
 class Curvature(NamedTuple):
@@ -21,22 +29,18 @@ class Curvature(NamedTuple):
     method: str
     seed: int
     epoch: int
-    split: str
-    """train or test."""
+    split: str  # train or test
     examples: int
     loss: float
-    accuracy: float
-    """In percent."""
+    accuracy: float  # in percent
     gradient_norm: float
     trace: float
     trace_error: float
     normalized_trace: float
     normalized_trace_error: float
     top_eigenvalue: float
-    top_eigenvalue_residual: float
-    """An eigenvalue lies within this distance."""
-    trace_seconds: float
-    """For trace and gradient norm; in the first row with compilation, as below."""
+    top_eigenvalue_residual: float  # an eigenvalue lies within this distance
+    trace_seconds: float  # for trace and gradient norm; in the first row with compilation, as below
     top_eigenvalue_seconds: float
 
 
@@ -52,27 +56,59 @@ class Ratio(NamedTuple):
     ratio_of_means_error: float
     mean_of_ratios: float
     mean_of_ratios_error: float
-    excluded: int
-    """Examples whose loss hardly changes, left out of the mean of ratios."""
+    excluded: int  # examples whose loss hardly changes, left out of the mean of ratios
     seconds: float
 
 
-def measure_curvature(
-    losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, run: tuple[str, int], split: str
-) -> Curvature:
-    """Loss, gradient norm, trace, normalized trace and largest eigenvalue on a set of images.
+class SurfacePoint(NamedTuple):
+    """A row of surface.csv: the loss at w + x d₁ + y d₂."""
 
-    Args:
-      losses: of the network.
-      snapshot: the network.
-      batch: normalized images and labels.
-      settings: numbers of probes and steps.
-      run: method and seed, for the row.
-      split: train or test, for the row.
+    method: str
+    seed: int
+    epoch: int
+    x: float
+    y: float
+    loss: float
 
-    Returns:
-      The row.
+
+class Losses(NamedTuple):
+    """Functions of params, a batch of normalized images and labels, and model state.
+
+    Each is one object for all checkpoints, so that it is compiled once.
     """
+
+    mean: Loss  # cross-entropy, the batch's mean
+    each: Loss  # that of each example, [examples]
+    accuracy: Loss  # in percent
+
+
+def losses_of(recipe: Recipe, signature: Signature) -> Losses:
+    """The loss of a recipe's network in evaluation mode, with stored statistics."""
+    network = make_network(recipe, signature)
+
+    def each(params: Any, batch: Batch, model_state: Any) -> jax.Array:
+        images, labels = batch
+        return optax.softmax_cross_entropy_with_integer_labels(network.logits(params, model_state, images), labels)
+
+    def mean(params: Any, batch: Batch, model_state: Any) -> jax.Array:
+        return jnp.mean(each(params, batch, model_state))
+
+    def accuracy(params: Any, batch: Batch, model_state: Any) -> jax.Array:
+        images, labels = batch
+        return 100 * jnp.mean(jnp.argmax(network.logits(params, model_state, images), -1) == labels)
+
+    return Losses(mean, each, accuracy)
+
+
+def examples(split: Split, count: int, dataset: Dataset) -> Batch:
+    """The same number of examples of each class, ``count`` in all, or all if there are no more; normalized."""
+    if count < len(split.labels):
+        split = subset.take_per_class(split, max(1, count // dataset.num_classes), seed=0)
+    return normalize(jnp.asarray(split.images), dataset.mean, dataset.std), jnp.asarray(split.labels)
+
+
+def measure_curvature(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, split: str) -> Curvature:
+    """Loss, gradient norm, trace, normalized trace and largest eigenvalue on images of a split."""
     params, data = snapshot.params, _data(snapshot, batch, settings.batch_size)
     key = jax.random.key(0)  # the same probes for all checkpoints
     size = len(batch[1])
@@ -88,34 +124,37 @@ def measure_curvature(
     )
     trace = normalized.trace
     return Curvature(
-        *run, snapshot.epoch, split, size, loss, accuracy, normalized.gradient_norm, trace.mean, trace.standard_error,
+        *snapshot.key, split, size, loss, accuracy, normalized.gradient_norm, trace.mean, trace.standard_error,
         normalized.mean, normalized.standard_error, float(top.values[0]), float(top.residuals[0]), trace_seconds,
         top_seconds,
     )  # fmt: skip
 
 
-def measure_ratio(
-    losses: Losses, snapshot: Snapshot, batch: Batch, training_batch: int, settings: Figures, run: tuple[str, int]
-) -> Ratio:
-    """The approximation ratio, each batch with its own perturbation, as SAM has it.
-
-    Args:
-      losses: of the network.
-      snapshot: the network.
-      batch: normalized images and labels.
-      training_batch: examples a batch, as many as in training.
-      settings: the radius.
-      run: method and seed, for the row.
-
-    Returns:
-      The row.
-    """
-    data, rho = _data(snapshot, batch, training_batch), settings.ratio_rho
+def measure_ratio(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, batch_size: int) -> Ratio:
+    """The approximation ratio, each batch, as large as in training, with its own perturbation, as SAM has it."""
+    data, rho = _data(snapshot, batch, batch_size), settings.ratio_rho
     ratio, seconds = _timed(lambda: curvature.approximation_ratio(losses.each, snapshot.params, data, rho=rho))
     return Ratio(
-        *run, snapshot.epoch, ratio.num_examples, rho, ratio.ratio_of_means, ratio.ratio_of_means_standard_error,
+        *snapshot.key, ratio.num_examples, rho, ratio.ratio_of_means, ratio.ratio_of_means_standard_error,
         ratio.mean_of_ratios, ratio.standard_error, ratio.num_excluded, seconds,
     )  # fmt: skip
+
+
+def measure_surface(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures) -> list[SurfacePoint]:
+    """The loss along two orthogonal filter-normalized random directions, the same for all networks; x runs fastest.
+
+    After Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018.
+    """
+    axes = landscape.filter_normalized_directions(snapshot.params, jax.random.key(0))
+    grid = np.linspace(-settings.surface_extent, settings.surface_extent, settings.surface_points)
+    data = _data(snapshot, batch, settings.batch_size)
+    # One point at a time: convolutions batched over params are slow on CPU.
+    values = landscape.surface(losses.mean, snapshot.params, (axes[0], axes[1]), grid, grid, data, chunk_size=1)
+    return [
+        SurfacePoint(*snapshot.key, float(x), float(y), float(loss))
+        for y, row in zip(grid, values, strict=True)
+        for x, loss in zip(grid, row, strict=True)
+    ]
 
 
 def _data(snapshot: Snapshot, batch: Batch, batch_size: int) -> curvature.Batches:

@@ -8,11 +8,10 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments import logs
 from experiments.checkpoints import Checkpoints, check
 from experiments.configs import Run
 from experiments.inputs import Signature
-from experiments.logs import EpochRow
+from experiments.logs import EpochRow, read_epochs
 from experiments.optimizers import method_of
 from experiments.program import make_program
 from experiments.recipes import Recipe
@@ -22,7 +21,7 @@ from experiments.scale import start
 # What may differ between runs that are drawn together.
 _OWN = {"method", "seed", "sam", "asam", "crsam", "msam", "s2sam", "late_start", "learning_rate", "weight_decay"}
 
-_FIRST = ("base", "sam", "crsam")
+_ORDER = {"base": 0, "sam": 1, "crsam": 2}
 
 
 class Trained(NamedTuple):
@@ -35,9 +34,9 @@ class Trained(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A network after an epoch: params, and the other state, which is BatchNorm's statistics."""
+    """A network after an epoch; what is no parameter of it is BatchNorm's statistics."""
 
-    epoch: int
+    key: tuple[str, int, int]  # method, seed, epoch
     params: Any
     model_state: Any
 
@@ -49,14 +48,23 @@ def find_runs(folder: Path) -> list[Trained]:
       FileNotFoundError: if there is none.
       ValueError: if they differ in more than method, seed and the methods' settings.
     """
-    folders = {path.parent for name in ("config.json", "metrics.csv") for path in folder.glob(f"*/{name}")}
-    found = [_open(path) for path in sorted(folders)]
+    found = []
+    for run in sorted({path.parent for name in ("config.json", "metrics.csv") for path in folder.glob(f"*/{name}")}):
+        check(run)
+        recipe = read_recipe(run)
+        found.append(Trained(run, recipe, method_of(recipe).label, read_epochs(run / "metrics.csv")))
     if not found:
         raise FileNotFoundError(
             f"{folder} holds no training runs. To train some: python -m experiments train NAME --keep-every 1"
         )
-    _check_comparable(found)
-    return sorted(found, key=_order)
+    first, *others = found
+    shared = sorted({field.name for field in dataclasses.fields(Recipe)} - _OWN)
+    for other in others:
+        if changes := [name for name in shared if getattr(other.recipe, name) != getattr(first.recipe, name)]:
+            raise ValueError(
+                f"{other.folder} and {first.folder} cannot be drawn together: they differ in {', '.join(changes)}."
+            )
+    return sorted(found, key=lambda run: (_ORDER.get(run.recipe.method, 3), run.recipe.method, run.recipe.seed))
 
 
 def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) -> list[Snapshot]:
@@ -70,29 +78,8 @@ def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) ->
     like = jax.eval_shape(program.init, 0)
     with contextlib.closing(Checkpoints(run.folder)) as checkpoints:
         kept = [step // per_epoch for step in checkpoints.steps if step % per_epoch == 0]
-        missing = sorted(set(epochs) - set(kept))
-        if missing:
+        if missing := sorted(set(epochs) - set(kept)):
             raise FileNotFoundError(f"{run.folder} kept no checkpoint of the epochs {missing}; there are {kept}.")
-        states = [(epoch, checkpoints.restore(like, epoch * per_epoch)[0]) for epoch in epochs or kept]
-    return [Snapshot(epoch, program.weights(state), state.model_state) for epoch, state in states]
-
-
-def _open(folder: Path) -> Trained:
-    check(folder)
-    recipe = read_recipe(folder)
-    return Trained(folder, recipe, method_of(recipe).label, logs.read_epochs(folder / "metrics.csv"))
-
-
-def _check_comparable(runs: Sequence[Trained]) -> None:
-    first, *others = (dataclasses.asdict(run.recipe) for run in runs)
-    for run, other in zip(runs[1:], others, strict=True):
-        changes = sorted(name for name in first.keys() - _OWN if first[name] != other[name])
-        if changes:
-            raise ValueError(
-                f"{run.folder} and {runs[0].folder} cannot be drawn together: they differ in {', '.join(changes)}."
-            )
-
-
-def _order(run: Trained) -> tuple[int, str, int]:
-    method = run.recipe.method
-    return _FIRST.index(method) if method in _FIRST else len(_FIRST), method, run.recipe.seed
+        states = {epoch: checkpoints.restore(like, epoch * per_epoch)[0] for epoch in epochs or kept}
+    name = run.recipe.method, run.recipe.seed
+    return [Snapshot((*name, epoch), program.weights(state), state.model_state) for epoch, state in states.items()]
