@@ -13,7 +13,7 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 
 from experiments import recipes, tables
 from experiments.checkpoints import Checkpoints
-from experiments.configs import Run
+from experiments.configs import Figures, Run
 from experiments.figures import command, measures
 from experiments.figures.command import CURVATURE, RATIO, SURFACE
 from experiments.figures.drawings import cells, grid_of, interactive
@@ -25,7 +25,6 @@ from experiments.figures.measures import (
     measure_ratio,
     measure_surface,
 )
-from experiments.figures.settings import Figures
 from experiments.figures.trained import Snapshot, Trained, find_runs, snapshots
 from experiments.inputs import load, signature_of
 from experiments.logs import EpochRow

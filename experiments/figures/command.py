@@ -13,10 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from experiments import ranges, tables
+from experiments.configs import Figures, What
 from experiments.figures import measures
 from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
-from experiments.figures.settings import Figures, What
 from experiments.figures.trained import Trained, find_runs, snapshots
 from experiments.inputs import load, signature_of
 

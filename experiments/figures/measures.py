@@ -11,9 +11,9 @@ import optax
 
 from crsam_jax import curvature, landscape
 from experiments.augment import normalize
+from experiments.configs import Figures
 from experiments.data import subset
 from experiments.data.dataset import Dataset, Split
-from experiments.figures.settings import Figures
 from experiments.figures.trained import Snapshot
 from experiments.inputs import Batch, Signature
 from experiments.network import make_network
