@@ -21,8 +21,7 @@ from experiments.optimizers import method_of
 from experiments.program import Program, make_program
 from experiments.progress import track
 from experiments.recipes import Recipe, Sam
-from experiments.targets.devices import Target, find
-from experiments.targets.memory import Memory, memory_of
+from experiments.targets import Memory, Target, find, memory_of
 
 METHODS = ("base", "sam", "crsam")
 

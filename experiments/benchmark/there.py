@@ -18,8 +18,7 @@ from experiments.benchmark.problem import LossFn, batch, initial, make_loss
 from experiments.configs import Benchmark
 from experiments.progress import track
 from experiments.tables import markdown
-from experiments.targets.devices import Target, find
-from experiments.targets.program_text import count
+from experiments.targets import Target, count, find
 
 
 class Cost(NamedTuple):
