@@ -1,8 +1,5 @@
 """What a step costs: time on the device at hand, or kernels and cycles as the compiler of another device plans them."""
 
-from collections.abc import Sequence
-from typing import Any
-
 import jax
 
 from experiments import configs, ranges, tables
@@ -18,13 +15,9 @@ def benchmark(config: configs.Benchmark) -> None:
     """
     ranges.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
-    rows: Sequence[Any]
-    if config.target is None:
-        rows = here.timings(config)
-        tables.show(here.table(rows))
-    else:
-        rows = there.costs(config)
-        tables.show(there.table(rows))
+    place = here if config.target is None else there
+    rows = place.measured(config)
+    tables.show(place.table(rows))
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         tables.write(config.out, rows)

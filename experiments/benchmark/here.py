@@ -4,52 +4,29 @@ The floor is one evaluation of the loss and its gradient per point: two for SAM,
 run in turn, so that a busy machine slows all of them alike; compare medians within one run.
 """
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 import optax
 
 import crsam_jax
-from experiments.benchmark.methods import Method, make_step, methods
-from experiments.benchmark.problem import LossFn, batch, initial, make_loss
+from experiments.benchmark.steps import Method, batch, crsam, initial, make_loss, make_step, methods
 from experiments.configs import Benchmark
 from experiments.progress import track
 from experiments.tables import markdown
-
-
-class Timing(NamedTuple):
-    """One row: a program on a device. Times are of one step, over all rounds."""
-
-    device: str
-    model: str
-    batch_size: int
-    dtype: str
-    program: str
-    points: int
-    """Gradient evaluations that it cannot do without."""
-    median_ms: float
-    lower_quartile_ms: float
-    upper_quartile_ms: float
-    evaluations: float
-    """Its median over that of one gradient evaluation."""
-    over_floor: float
-    """Its median over that of as many gradient evaluations as points."""
-    temporary_bytes: int
-    compile_seconds: float
-    """With tracing and lowering."""
 
 
 class _Program(NamedTuple):
     """A compiled function with its arguments, and how many times a measurement calls it."""
 
     name: str
+    points: int
+    calls: int
     compiled: Any
     args: tuple[Any, ...]
-    calls: int
-    points: int
     compile_seconds: float
 
     def run(self) -> float:
@@ -60,60 +37,53 @@ class _Program(NamedTuple):
         return time.perf_counter() - start
 
 
-def timings(config: Benchmark) -> list[Timing]:
-    """Compiles all programs, then times them in turn."""
+def measured(config: Benchmark) -> list[dict[str, Any]]:
+    """Compiles all programs, then times them in turn: a row of each, times of one step over all rounds."""
     if config.devices != 1:
         raise ValueError("--devices is for a --target; times are those of one device.")
     programs = _programs(config)
-    seconds: dict[str, list[float]] = {program.name: [] for program in programs}
-    for _ in track(range(config.rounds), "timing", "rounds"):
-        for program in programs:
-            seconds[program.name].append(program.run())
-    median = {name: statistics.median(times) for name, times in seconds.items()}
+    seconds = [[program.run() for program in programs] for _ in track(range(config.rounds), "timing", "rounds")]
+    lows, medians, highs = (1e3 * np.quantile(seconds, (0.25, 0.5, 0.75), axis=0)).tolist()
     device = jax.devices()[0]
-    rows = []
-    for program in programs:
-        low, middle, high = (
-            1e3 * second for second in statistics.quantiles(seconds[program.name], n=4, method="inclusive")
-        )
-        rows.append(
-            Timing(
-                device.device_kind if device.platform != "cpu" else "cpu",
-                config.model,
-                config.batch_size,
-                config.dtype,
-                program.name,
-                program.points,
-                middle,
-                low,
-                high,
-                median[program.name] / median[_gradients(1)],
-                median[program.name] / median[_gradients(program.points)],
-                program.compiled.memory_analysis().temp_size_in_bytes,
-                program.compile_seconds,
-            )
-        )
-    return rows
+    return [
+        {
+            "device": device.device_kind if device.platform != "cpu" else "cpu",
+            "model": config.model,
+            "batch_size": config.batch_size,
+            "dtype": config.dtype,
+            "program": program.name,
+            "points": program.points,  # gradient evaluations that it cannot do without
+            "median_ms": median,
+            "lower_quartile_ms": low,
+            "upper_quartile_ms": high,
+            "evaluations": median / medians[0],  # over one gradient evaluation, the first program
+            "over_floor": median / medians[program.points - 1],  # over as many evaluations as points
+            "temporary_bytes": program.compiled.memory_analysis().temp_size_in_bytes,
+            "compile_seconds": program.compile_seconds,  # with tracing and lowering
+        }
+        for program, low, median, high in zip(programs, lows, medians, highs, strict=True)
+    ]
 
 
-def table(rows: Sequence[Timing]) -> str:
+def table(rows: Sequence[dict[str, Any]]) -> str:
     """The rows as Markdown."""
-    titles = ("program", "median ms", "quartiles ms", "evals", "÷ floor", "temporaries MB", "compile s")
     cells = [
-        (
-            row.program,
-            f"{row.median_ms:.1f}",
-            f"{row.lower_quartile_ms:.1f} to {row.upper_quartile_ms:.1f}",
-            f"{row.evaluations:.2f}",
-            f"{row.over_floor:.2f}",
-            f"{row.temporary_bytes / 1e6:.1f}",
-            f"{row.compile_seconds:.1f}",
-        )
+        {
+            "program": row["program"],
+            "median ms": f"{row['median_ms']:.1f}",
+            "quartiles ms": f"{row['lower_quartile_ms']:.1f} to {row['upper_quartile_ms']:.1f}",
+            "evals": f"{row['evaluations']:.2f}",
+            "÷ floor": f"{row['over_floor']:.2f}",
+            "temporaries MB": f"{row['temporary_bytes'] / 1e6:.1f}",
+            "compile s": f"{row['compile_seconds']:.1f}",
+        }
         for row in rows
     ]
+    titles, lines = list(cells[0]), [list(row.values()) for row in cells]
     first = rows[0]
     return (
-        f"{first.model}, batch {first.batch_size}, {first.dtype}, on {first.device}\n\n{markdown(titles, cells)}\n"
+        f"{first['model']}, batch {first['batch_size']}, {first['dtype']}, on {first['device']}\n\n"
+        f"{markdown(titles, lines)}\n"
         f"evals: median over that of {_gradients(1)}; ÷ floor: over as many evaluations as points"
     )
 
@@ -123,34 +93,26 @@ def _gradients(calls: int) -> str:
 
 
 def _programs(config: Benchmark) -> list[_Program]:
+    """Plain evaluations first: one, two, three."""
     loss_fn = make_loss(config)
     params, model_state = jax.jit(lambda: initial(config))()
     inputs = jax.jit(lambda: batch(config))()
-
-    def gradient(params: Any, model_state: Any, batch: Any) -> Any:
-        return jax.value_and_grad(loss_fn, has_aux=True)(params, model_state, **batch)
-
-    plain = (params, model_state, inputs)
-    compiled, seconds = _compiled(gradient, plain)
-    programs = [_Program(_gradients(calls), compiled, plain, calls, calls, seconds) for calls in (1, 2, 3)]
-    base = optax.identity()
-    compared = methods(loss_fn, base) + ([_conditional(loss_fn)] if config.conditional else [])
+    plain = _compiled(jax.value_and_grad(loss_fn, has_aux=True), params, model_state, *inputs.values())
+    programs = [_Program(_gradients(calls), calls, calls, *plain) for calls in (1, 2, 3)]
+    compared = methods(loss_fn, optax.identity())
+    if config.conditional:  # as the policies choose it inside a jitted step
+        conditional = crsam_jax.periodic(crsam(loss_fn, "sequential"), k=1)
+        compared.append(Method("crsam in lax.cond", conditional, 3))
     for name, tx, points, _ in track(compared, "compiling", "programs"):
-        args = (params, model_state, tx.init(params), inputs)
-        compiled, seconds = _compiled(make_step(loss_fn, tx), args)
-        programs.append(_Program(name, compiled, args, 1, points, seconds))
+        step = _compiled(make_step(loss_fn, tx), params, model_state, tx.init(params), inputs)
+        programs.append(_Program(name, points, 1, *step))
     for program in programs:
         program.run()  # warm up
     return programs
 
 
-def _conditional(loss_fn: LossFn) -> Method:
-    """CR-SAM as the policies choose it inside a jitted step."""
-    member = crsam_jax.crsam(loss_fn, execution=crsam_jax.Execution("sequential"), has_aux=True)
-    return Method("crsam in lax.cond", crsam_jax.periodic(member, k=1), 3)
-
-
-def _compiled(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[Any, float]:
+def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Any, tuple[Any, ...], float]:
+    """The compiled function, its arguments, and the seconds that it took."""
     start = time.perf_counter()
     compiled = jax.jit(function).lower(*args).compile()
-    return compiled, time.perf_counter() - start
+    return compiled, args, time.perf_counter() - start
