@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("rich", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.benchmark import benchmark, here, steps
+from experiments.benchmark import benchmark, steps, timings
 from experiments.configs import Benchmark
 
 TINY = Benchmark(model="convnet", width=4, batch_size=4, image_size=8, rounds=2)
@@ -61,7 +61,7 @@ def test_the_benchmark_here_writes_what_it_prints(tmp_path, capsys):
 
 def test_what_cannot_be_measured_is_refused():
     with pytest.raises(ValueError, match="--devices is for a --target"):
-        here.measured(Benchmark(devices=4))
+        timings(Benchmark(devices=4))
     with pytest.raises(ValueError, match="did you mean 'resnet8' or 'resnet18'"):
         steps.make_loss(Benchmark(model="resnet81"))
     with pytest.raises(ValueError, match="ConvNet computes in float32 alone"):

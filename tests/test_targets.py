@@ -12,7 +12,7 @@ pytest.importorskip("rich", reason="the experiments need pip install crsam_jax[e
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import readiness, recipes, targets
-from experiments.benchmark import there
+from experiments.benchmark import costs
 from experiments.configs import Benchmark, Readiness
 from experiments.targets import Memory, Target, count, memory_of
 
@@ -137,7 +137,7 @@ def test_the_table_says_what_does_not_fit(mesh):
 
 @pytest.mark.slow
 def test_steps_for_an_h100_and_their_floor(h100):
-    rows = {row["program"]: row for row in there.measured(dataclasses.replace(TINY, target="h100"))}
+    rows = {row["program"]: row for row in costs(dataclasses.replace(TINY, target="h100"))}
     sgd = rows["SGD"]
     assert sgd["unit"] == "launches"
     assert sgd["over_sgd"] == sgd["over_floor"] == 1

@@ -1,4 +1,4 @@
-"""What is compared: steps of optax's SAM, of this library's, and of CR-SAM in each strategy, on one network and batch."""
+"""What is compared: steps of optax's SAM, this library's, and CR-SAM in each strategy, on one network and batch."""
 
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
@@ -90,8 +90,8 @@ def make_loss(config: Benchmark) -> LossFn:
 
 def initial(config: Benchmark) -> tuple[Any, Any]:
     """Params, and the network's other state."""
-    _, params, model_state = nnx.split(_network(config), nnx.Param, ...)
-    return params, model_state
+    model = _network(config)
+    return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
 
 def batch(config: Benchmark) -> dict[str, jax.Array]:
