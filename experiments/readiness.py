@@ -16,14 +16,13 @@ import tyro
 
 from experiments import ranges, recipes, scale, tables
 from experiments.configs import Readiness, Run
-from experiments.data import imagenet
-from experiments.inputs import Signature
+from experiments.inputs import Signature, signature_of
 from experiments.optimizers import method_of
-from experiments.program import Program, make_program
+from experiments.overrides import changed
+from experiments.program import make_program
 from experiments.progress import track
-from experiments.recipes import Recipe, Sam
-from experiments.targets.devices import Target, find
-from experiments.targets.memory import Memory, memory_of
+from experiments.recipes import Recipe
+from experiments.targets import Memory, Target, find, memory_of
 
 METHODS = ("base", "sam", "crsam")
 
@@ -34,6 +33,11 @@ _SIZES: dict[str, tuple[tuple[int, int, int], int, int]] = {
     "fashion_mnist": ((28, 28, 1), 10, 60_000),
     "digits": ((8, 8, 1), 10, 1_000),
 }
+
+# What a step's memory does not depend on, or but for its last layer.
+_ALIKE: dict[str, Any] = {"dataset": "cifar10", "epochs": 1} | dict.fromkeys(
+    ("learning_rate", "weight_decay", "sam.rho", "crsam.rho", "crsam.alpha", "crsam.beta"), 0.0
+)
 
 
 class Estimate(NamedTuple):
@@ -99,91 +103,55 @@ def estimates(
     methods: Sequence[str] = METHODS,
     target: Target | None = None,
 ) -> list[Estimate]:
-    """The rows of one recipe, a method each; nothing is allocated.
+    """The rows of one recipe, a method each, compiled for a target or the backend at hand; nothing is allocated.
 
-    Args:
-      name: of the recipe.
-      recipe: the recipe.
-      memory: of the steps compiled so far, to which its own are added: recipes that differ in their numbers or in the
-        classes of their data share a program but for the last layer. None compiles nothing.
-      methods: names of methods.
-      target: what to compile for; None is the backend at hand.
+    ``memory`` is that of the steps compiled so far, to which its own are added: recipes that differ in their numbers
+    or in the classes of their data share a program but for the last layer. None compiles nothing.
     """
-    signature = abstract_signature(recipe)
-    batch = abstract_batch(recipe, signature)
-    target = target or _here()
-    base = _program(recipe, signature, "base", _here())
+    signature = _signature(recipe)
+    images = jax.ShapeDtypeStruct((recipe.batch_size, *signature.image_shape), jnp.uint8)
+    labels = jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
+    base = make_program(dataclasses.replace(recipe, method="base"), signature, _here().mesh)
     state = jax.eval_shape(base.init, 0)
-    base_flops = _flops(base.step.lower(state, batch))
-    gradient = _gradient_flops(base, state, batch)
+    base_flops = _flops(base.step, state, (images, labels))
+    gradient = jax.jit(jax.value_and_grad(base.loss_fn, has_aux=True))
+    gradient_flops = _flops(gradient, state.params, state.model_state, images.update(dtype=jnp.float32), labels)
+    target = target or _here()
     rows = []
     for method in methods:
-        program = _program(recipe, signature, method, target)
+        of_method = dataclasses.replace(recipe, method=method)
+        program = make_program(of_method, signature, target.mesh)
         state = jax.eval_shape(program.init, 0)
-        evaluations = method_of(dataclasses.replace(recipe, method=method)).evaluations
-        key = _network(recipe, signature, method)
+        key = repr((changed(of_method, _ALIKE), signature.image_shape))
         if memory is not None and key not in memory:
-            step = program.step.lower(target.placed(state), target.placed(batch, "data"))
+            step = program.step.lower(target.placed(state), target.placed((images, labels), "data"))
             memory[key] = memory_of(target, step)
-        rows.append(
-            Estimate(
-                name,
-                method,
-                _size(state.params),
-                base_flops + (evaluations - 1) * gradient,
-                recipe.epochs * signature.steps_per_epoch,
-                sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
-                None if memory is None else memory[key],
-            )
+        row = Estimate(
+            recipe=name,
+            method=method,
+            parameters=sum(leaf.size for leaf in jax.tree.leaves(state.params)),
+            flops=base_flops + (method_of(of_method).evaluations - 1) * gradient_flops,
+            steps=recipe.epochs * signature.steps_per_epoch,
+            state_bytes=sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)),
+            memory=None if memory is None else memory[key],
         )
+        rows.append(row)
     return rows
 
 
-def abstract_signature(recipe: Recipe) -> Signature:
-    """Shapes of a recipe's data, without the data."""
+def _flops(function: Any, *args: Any) -> float:
+    return float(function.lower(*args).cost_analysis()["flops"])
+
+
+def _signature(recipe: Recipe) -> Signature:
+    """Of a recipe's data, without the data."""
     if recipe.dataset == "imagenet2012":
-        shape, classes, examples = (
-            (recipe.image_size, recipe.image_size, 3),
-            imagenet.NUM_CLASSES,
-            imagenet.TRAINING_EXAMPLES,
-        )
-    else:
-        shape, classes, examples = _SIZES[recipe.dataset]
+        return signature_of(recipe)
+    shape, classes, examples = _SIZES[recipe.dataset]
     if recipe.examples_per_class is not None:
         examples = recipe.examples_per_class * classes
     channels = shape[-1]
     return Signature(shape, classes, (0.5,) * channels, (0.25,) * channels, examples // recipe.batch_size)
-
-
-def abstract_batch(recipe: Recipe, signature: Signature) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
-    """Shapes of a batch."""
-    images = jax.ShapeDtypeStruct((recipe.batch_size, *signature.image_shape), jnp.uint8)
-    return images, jax.ShapeDtypeStruct((recipe.batch_size,), jnp.int32)
-
-
-def table(rows: Sequence[Estimate], teraflops: float, target: Target | None = None) -> str:
-    """The estimates as Markdown."""
-    place = jax.default_backend() if target is None else f"{target.name}, {target.mesh.size} device(s)"
-    titles = (
-        "recipe", "method", "parameters M", "GFLOP a step", "steps", "state MB", f"temporaries MB ({place})",
-        *(() if target is None else ("memory of a device MB", "fits")), f"hours at {teraflops:g} TFLOP/s",
-    )  # fmt: skip
-    return tables.markdown(titles, [_cells(row, teraflops, target) for row in rows])
-
-
-def _cells(row: Estimate, teraflops: float, target: Target | None) -> list[str]:
-    cells = [
-        row.recipe,
-        row.method,
-        f"{row.parameters / 1e6:.2f}",
-        f"{row.flops / 1e9:,.0f}",
-        f"{row.steps:,}",
-        f"{row.state_bytes / 1e6:,.0f}",
-        "–" if row.temporary_bytes is None else f"{row.temporary_bytes / 1e6:,.0f}",
-    ]
-    if target is not None and row.memory is not None:
-        cells += [f"{row.memory.used / 1e6:,.0f}", "yes" if row.memory.fits else "no"]
-    return [*cells, f"{row.hours(teraflops):.1f}"]
 
 
 def _here() -> Target:
@@ -193,29 +161,29 @@ def _here() -> Target:
     return Target(jax.default_backend(), scale.start(Run(devices=1)), quickly, None)
 
 
-def _program(recipe: Recipe, signature: Signature, method: str, target: Target) -> Program:
-    return make_program(dataclasses.replace(recipe, method=method), signature, target.mesh)
+def table(rows: Sequence[Estimate], teraflops: float, target: Target | None = None) -> str:
+    """The estimates as Markdown."""
+    place = jax.default_backend() if target is None else f"{target.name}, {target.mesh.size} device(s)"
+    cells = []
+    for row in rows:
+        memory = row.memory
+        limit = {}
+        if target is not None and memory is not None:
+            limit = {"memory of a device MB": _megabytes(memory.used), "fits": "yes" if memory.fits else "no"}
+        line = {
+            "recipe": row.recipe,
+            "method": row.method,
+            "parameters M": f"{row.parameters / 1e6:.2f}",
+            "GFLOP a step": f"{row.flops / 1e9:,.0f}",
+            "steps": f"{row.steps:,}",
+            "state MB": _megabytes(row.state_bytes),
+            f"temporaries MB ({place})": _megabytes(row.temporary_bytes),
+            **limit,
+            f"hours at {teraflops:g} TFLOP/s": f"{row.hours(teraflops):.1f}",
+        }
+        cells.append(line)
+    return tables.markdown(list(cells[0]), [list(line.values()) for line in cells])
 
 
-def _network(recipe: Recipe, signature: Signature, method: str) -> str:
-    """What the compiled step depends on, but for the number of classes."""
-    same = dataclasses.replace(
-        recipe, method=method, dataset="cifar10", epochs=1, learning_rate=0.0, weight_decay=0.0, sam=Sam(),
-        crsam=dataclasses.replace(recipe.crsam, rho=0.0, alpha=0.0, beta=0.0),
-    )  # fmt: skip
-    return repr((same, signature.image_shape))
-
-
-def _gradient_flops(program: Program, state: Any, batch: Any) -> float:
-    images, labels = batch
-    images = jax.ShapeDtypeStruct(images.shape, jnp.float32)
-    gradient = jax.jit(jax.value_and_grad(program.loss_fn, has_aux=True))
-    return _flops(gradient.lower(state.params, state.model_state, images, labels))
-
-
-def _flops(lowered: Any) -> float:
-    return float(lowered.cost_analysis()["flops"])
-
-
-def _size(tree: Any) -> int:
-    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+def _megabytes(count: int | None) -> str:
+    return "–" if count is None else f"{count / 1e6:,.0f}"

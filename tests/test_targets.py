@@ -11,13 +11,10 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 pytest.importorskip("rich", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import readiness, recipes
-from experiments.benchmark import there
+from experiments import readiness, recipes, targets
+from experiments.benchmark import costs
 from experiments.configs import Benchmark, Readiness
-from experiments.targets import devices
-from experiments.targets.devices import Target
-from experiments.targets.memory import Memory, memory_of
-from experiments.targets.program_text import count
+from experiments.targets import Memory, Target, count, memory_of
 
 TINY = Benchmark(model="convnet", width=8, batch_size=8, image_size=8)
 
@@ -27,13 +24,13 @@ def h100():
     pytest.importorskip("jax_cuda12_plugin", reason="the compiler for GPUs needs pip install crsam_jax[targets]")
     if os.environ.get("JAX_PLATFORMS") != "cpu":
         pytest.skip("where CUDA itself is not installed, jax loads the compiler for GPUs with JAX_PLATFORMS=cpu alone")
-    return devices.find
+    return targets.find
 
 
 @pytest.fixture
 def tpus():
     pytest.importorskip("libtpu", reason="the compiler for TPUs needs pip install crsam_jax[targets]")
-    return devices.find
+    return targets.find
 
 
 def here(mesh, memory=None):
@@ -116,14 +113,14 @@ def test_a_program_that_is_too_large_for_its_compiler_does_not_fit(mesh):
 
 @pytest.mark.parametrize("name", ["h100", "v5e:2x2"])
 def test_a_missing_compiler_names_its_extra(monkeypatch, name):
-    monkeypatch.setattr(devices.importlib.util, "find_spec", lambda module: None)
+    monkeypatch.setattr(targets.importlib.util, "find_spec", lambda module: None)
     with pytest.raises(ImportError, match=rf"--target {name} .*pip install 'crsam_jax\[targets\]'"):
-        devices.find(name)
+        targets.find(name)
 
 
 def test_what_is_no_target_is_refused():
     with pytest.raises(ValueError, match=r"no target 'a100'.*h100, or a topology of TPUs"):
-        devices.find("a100")
+        targets.find("a100")
     with pytest.raises(ValueError, match="--devices is for a --target"):
         readiness.readiness(["digits-convnet"], Readiness(devices=2))
     with pytest.raises(ValueError, match="--target h100 is what to compile for: add --compile"):
@@ -140,16 +137,16 @@ def test_the_table_says_what_does_not_fit(mesh):
 
 @pytest.mark.slow
 def test_steps_for_an_h100_and_their_floor(h100):
-    rows = {row.program: row for row in there.costs(dataclasses.replace(TINY, target="h100"))}
+    rows = {row["program"]: row for row in costs(dataclasses.replace(TINY, target="h100"))}
     sgd = rows["SGD"]
-    assert sgd.unit == "launches"
-    assert sgd.over_sgd == sgd.over_floor == 1
-    assert 5 < sgd.cost < 200
-    assert rows["optax.contrib.sam"].over_floor == pytest.approx(1, abs=0.15)
+    assert sgd["unit"] == "launches"
+    assert sgd["over_sgd"] == sgd["over_floor"] == 1
+    assert 5 < sgd["cost"] < 200
+    assert rows["optax.contrib.sam"]["over_floor"] == pytest.approx(1, abs=0.15)
     for row in rows.values():
-        assert row.over_floor == pytest.approx(row.cost / sgd.cost / row.points)
-        assert row.collectives == ""
-    assert rows["crsam, ordered"].temporary_bytes < rows["crsam, vmap"].temporary_bytes
+        assert row["over_floor"] == pytest.approx(row["cost"] / sgd["cost"] / row["points"])
+        assert row["collectives"] == ""
+    assert rows["crsam, ordered"]["temporary_bytes"] < rows["crsam, vmap"]["temporary_bytes"]
 
 
 def test_several_h100s_divide_a_batch(h100):

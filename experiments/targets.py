@@ -1,4 +1,4 @@
-"""Devices that need not be here: an NVIDIA H100, and any topology of TPUs, as XLA's compilers know them.
+"""Devices that need not be here: an NVIDIA H100, and any topology of TPUs, and what XLA's compilers plan for them.
 
 The compilers run on any x86-64 Linux machine. They plan memory, choose kernels and place collectives as they would
 beside the device; only what is found out by running kernels, the tuning on GPUs, is left out.
@@ -6,12 +6,20 @@ beside the device; only what is found out by running kernels, the tuning on GPUs
 
 import importlib.util
 import os
+import re
+from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+_UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+
+_KERNELS = ("fusion", "custom-call", "copy", "copy-start", "sort", "reduce", "transpose", "concatenate")
+_COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(", re.MULTILINE)
 
 _H100 = """
 gpu_device_info {
@@ -75,39 +83,69 @@ class Target(NamedTuple):
         return lowered.compile(compiler_options=self.compiler_options)
 
 
+class Memory(NamedTuple):
+    """Bytes of one device while a step runs, and whether it has them.
+
+    Attributes:
+      used: arguments, results and temporaries together.
+      temporaries: what lives within the step alone; None where the compiler refused it and says the sum only.
+      fits: whether the device has so much.
+    """
+
+    used: int
+    temporaries: int | None
+    fits: bool
+
+
+class Counts(NamedTuple):
+    """Of one execution of a program without loops; a loop's body is counted once.
+
+    Attributes:
+      launches: kernels that a GPU starts: fusions, calls of libraries, copies, and what else computes by itself.
+      cycles: that a TPU takes, as its compiler estimates instruction by instruction; 0 in a GPU's program.
+      collectives: how many of each kind, by name.
+    """
+
+    launches: int
+    cycles: int
+    collectives: dict[str, int]
+
+
 def find(name: str, devices: int | None = None) -> Target:
     """The target of that name; programs for it are traced on the CPU, whatever devices are here.
 
     Args:
-      name: ``"h100"``, or what the TPU compiler calls a topology: ``"v5e:2x2"``, ``"v5p:2x2x1"``.
-      devices: how many of them; None is one H100, or all of the topology.
+      name: ``"h100"``, or a topology of TPUs such as ``"v5e:2x2"``.
+      devices: how many of its devices; by default one H100, or all of a topology.
 
     Raises:
       ImportError: without the compilers' packages.
       ValueError: if there is no such target, or it has fewer devices.
     """
     jax.config.update("jax_platforms", "cpu")
-    if name == "h100":
-        _need("jax_cuda12_plugin", name)
-        return Target(name, _mesh(_h100s(devices or 1)), _TUNED_BY_RUNNING, _H100_BYTES)
-    if ":" not in name:
+    is_h100 = name == "h100"
+    if not is_h100 and ":" not in name:
         raise ValueError(f"There is no target {name!r}: it is h100, or a topology of TPUs such as v5e:2x2.")
-    found = _tpus(name)
+    if importlib.util.find_spec("jax_cuda12_plugin" if is_h100 else "libtpu") is None:
+        raise ImportError(
+            f"--target {name} needs XLA's compiler for it, which is not installed: pip install 'crsam_jax[targets]'."
+        )
+    found = _h100s(devices or 1) if is_h100 else _tpus(name)
     if devices is not None and devices > len(found):
         raise ValueError(f"--devices {devices}, but {name} has {len(found)}: name a larger topology.")
-    return Target(name, _mesh(found[:devices]), {}, None)
+    mesh = Mesh(np.array(found[:devices]), ("data",), axis_types=(AxisType.Auto,))
+    return Target(name, mesh, _TUNED_BY_RUNNING, _H100_BYTES) if is_h100 else Target(name, mesh, {}, None)
 
 
 def _h100s(count: int) -> list[jax.Device]:
-    shape = f"1x1x{count}"
     try:
+        shape = f"1x1x{count}"
         return list(topologies.get_topology_desc("h100", "cuda", target_config=_H100, topology=shape).devices)
     except NotImplementedError as error:
         raise ImportError("jax did not load the compiler for GPUs; set JAX_PLATFORMS=cpu before it starts.") from error
 
 
 def _tpus(name: str) -> list[jax.Device]:
-    _need("libtpu", name)
     for variable, value in _WITHOUT_TPU.items():
         os.environ.setdefault(variable, value)
     try:
@@ -116,12 +154,43 @@ def _tpus(name: str) -> list[jax.Device]:
         raise ValueError(f"The TPU compiler knows no topology {name!r}: {error}") from error
 
 
-def _need(module: str, name: str) -> None:
-    if importlib.util.find_spec(module) is None:
-        raise ImportError(
-            f"--target {name} needs XLA's compiler for it, which is not installed: pip install 'crsam_jax[targets]'."
-        )
+def memory_of(target: Target, lowered: Any) -> Memory:
+    """Compiles a lowered step for a target and reads its memory, also where the compiler refuses so much.
+
+    Raises:
+      JaxRuntimeError: if the compiler refuses the step for another reason.
+    """
+    try:
+        plan = target.compile(lowered).memory_analysis()
+    except jax.errors.JaxRuntimeError as error:
+        figure = re.search(r"(\d+(?:\.\d+)?)([KMGT])\b", str(error))  # the first one is what the step takes
+        if "RESOURCE_EXHAUSTED" not in str(error) or figure is None:
+            raise
+        return Memory(round(float(figure[1]) * _UNITS[figure[2]]), None, fits=False)
+    temporaries = plan.temp_size_in_bytes
+    # Results that take a donated argument's place count once.
+    results = plan.output_size_in_bytes - plan.alias_size_in_bytes
+    used = plan.argument_size_in_bytes + results + temporaries + plan.generated_code_size_in_bytes
+    return Memory(used, temporaries, fits=target.memory is None or used <= target.memory)
 
 
-def _mesh(devices: list[jax.Device]) -> Mesh:
-    return Mesh(np.array(devices), ("data",), axis_types=(AxisType.Auto,))
+def count(text: str) -> Counts:
+    """Counts in the optimized program's text, ``compiled.as_text()``.
+
+    Example:
+      >>> count('''ENTRY %main (x: f32[2]) -> f32[2] {
+      ...   %x = f32[2]{0} parameter(0)
+      ...   %sum = f32[2]{0} all-reduce(%x), to_apply=%add
+      ...   ROOT %y = f32[2]{0} fusion(%sum), kind=kLoop, backend_config={"estimated_cycles":"120"}
+      ... }''')
+      Counts(launches=1, cycles=120, collectives={'all-reduce': 1})
+    """
+    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)  # what it calls is inside of kernels
+    if entry is None:
+        raise ValueError(f"This is not the text of a compiled program: {text[:80]!r}")
+    collectives = Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    return Counts(
+        launches=sum(name in _KERNELS for name in _INSTRUCTION.findall(entry[0])),
+        cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
+        collectives=dict(sorted(collectives.items())),
+    )

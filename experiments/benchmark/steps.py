@@ -1,0 +1,114 @@
+"""What is compared: steps of optax's SAM, this library's, and CR-SAM in each strategy, on one network and batch."""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+import crsam_jax
+from experiments import models
+from experiments.configs import Benchmark
+from experiments.models.convnet import ConvNet
+
+LossFn = Callable[..., tuple[jax.Array, Any]]
+"""``(params, model_state, images, labels) -> loss, new model state``."""
+
+Strategy = Literal["auto", "sequential", "ordered", "vmap"]
+STRATEGIES: tuple[Strategy, ...] = get_args(Strategy)
+
+_CLASSES = 10
+
+
+class Method(NamedTuple):
+    """An optimizer, at how many points it evaluates the gradient: its floor, and whether they share the devices out."""
+
+    name: str
+    tx: optax.GradientTransformationExtraArgs
+    points: int
+    has_probe_axis: bool = False
+
+
+def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]:
+    """The sharpness-aware methods, each with ``base`` for its last link."""
+    return [
+        Method("optax.contrib.sam", optax_sam(loss_fn, base), 2),
+        Method("sam", optax.chain(crsam_jax.sam(loss_fn, has_aux=True), base), 2),
+        *(Method(f"crsam, {how}", optax.chain(crsam(loss_fn, how), base), 3) for how in STRATEGIES),
+    ]
+
+
+def crsam(
+    loss_fn: LossFn, strategy: Strategy = "auto", probe_axis: str | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """CR-SAM in a strategy; with a probe axis, its probes are evaluated by the devices at one place of it each."""
+    execution = crsam_jax.Execution(strategy, probe_axis=probe_axis)
+    return crsam_jax.crsam(loss_fn, execution=execution, has_aux=True)
+
+
+def optax_sam(loss_fn: LossFn, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The SAM of optax in opaque mode, called as the members are, for the same ρ as :func:`crsam_jax.sam`'s default."""
+    adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
+    sam = optax.contrib.sam(base, adversary, opaque_mode=True)
+
+    def update(updates: Any, state: Any, params: Any = None, *, loss: Any, **inputs: Any) -> tuple[Any, Any]:
+        gradient = lambda params, _: jax.grad(loss_fn, has_aux=True)(params, **inputs)[0]
+        return sam.update(updates, state, params, grad_fn=gradient)
+
+    return optax.GradientTransformationExtraArgs(sam.init, update)
+
+
+def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """From params, model state, optimizer state and a batch to updates, the next states, and the loss."""
+
+    def step(params: Any, model_state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+        inputs = {"model_state": model_state, **batch}
+        (loss, model_state), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, **inputs)
+        updates, opt_state = tx.update(grads, opt_state, params, loss=loss, **inputs)
+        return updates, model_state, opt_state, loss
+
+    return step
+
+
+def make_loss(config: Benchmark) -> LossFn:
+    """The mean cross-entropy of a batch.
+
+    Raises:
+      ValueError: if there is no such network.
+    """
+    graphdef = nnx.graphdef(nnx.eval_shape(lambda: _network(config)))
+
+    def loss_fn(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        losses = optax.softmax_cross_entropy_with_integer_labels(model(images), labels)
+        return jnp.mean(losses), nnx.state(model, nnx.Not(nnx.Param))
+
+    return loss_fn
+
+
+def initial(config: Benchmark) -> tuple[Any, Any]:
+    """Params, and the network's other state."""
+    model = _network(config)
+    return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+
+
+def batch(config: Benchmark) -> dict[str, jax.Array]:
+    """Random images, in the network's dtype, and labels."""
+    images, labels = jax.random.split(jax.random.key(0))
+    shape = (config.batch_size, config.image_size, config.image_size, 3)
+    return {
+        "images": jax.random.normal(images, shape, jnp.dtype(config.dtype)),
+        "labels": jax.random.randint(labels, (config.batch_size,), 0, _CLASSES),
+    }
+
+
+def _network(config: Benchmark) -> nnx.Module:
+    options = {} if config.width is None else {"width": config.width}
+    if config.model == "convnet":
+        if config.dtype != "float32":
+            raise ValueError("The ConvNet computes in float32 alone; take another --model for --dtype bfloat16.")
+        return ConvNet(3, _CLASSES, **({"width": 32} | options), rngs=nnx.Rngs(0))
+    shape = (config.image_size, config.image_size, 3)
+    return models.build(config.model, _CLASSES, shape, nnx.Rngs(0), jnp.dtype(config.dtype), **options)

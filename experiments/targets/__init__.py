@@ -1,1 +1,0 @@
-"""Programs compiled for devices that are not here, and what their compilers say of them."""
