@@ -55,11 +55,7 @@ class Checkpoints:
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
         """The state of a step, by default the last that is not damaged, and the position of the data.
 
-        The arrays go where those of ``like`` are.
-
-        Raises:
-          FileNotFoundError: if there is no such checkpoint, with those that there are.
-          ValueError: if it is damaged, or the run's files are not those that it was saved with.
+        The arrays go where those of ``like`` are. What is damaged, also of the run's files, is a ValueError.
         """
         if step is None:
             step, damaged = self.newest_good()
@@ -76,11 +72,7 @@ class Checkpoints:
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in shapes]), position
 
     def newest_good(self) -> tuple[int | None, dict[int, str]]:
-        """The newest undamaged checkpoint, None if there are none, and what is wrong with those after it.
-
-        Raises:
-          ValueError: if all are damaged.
-        """
+        """The newest undamaged checkpoint, None if there are none, and what is wrong with those after it."""
         damaged: dict[int, str] = {}
         for step in reversed(self.steps):
             if not (fault := checksums.fault(self.path(step))):

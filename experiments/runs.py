@@ -26,9 +26,7 @@ def save_json(content: Any, path: Path) -> None:
 def check_free(recipe: Recipe, folder: Path) -> None:
     """Checks that a folder is empty, or holds the run of this very recipe, or a shorter one of it that can be extended.
 
-    Raises:
-      FileExistsError: if it holds anything else, with the settings that differ.
-      ValueError: if its configuration is damaged.
+    Raises FileExistsError with the settings that differ, and ValueError for a damaged configuration.
     """
     path = folder / "config.json"
     if folder.exists() and not folder.is_dir():
@@ -51,11 +49,7 @@ def check_free(recipe: Recipe, folder: Path) -> None:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`save_json` wrote.
-
-    Raises:
-      ValueError: if the file is damaged, with the copy that a checkpoint has.
-    """
+    """What :func:`save_json` wrote; if it is damaged, a ValueError that names the copy of a checkpoint."""
     try:
         content = json.loads(path.read_bytes())
         if isinstance(content, dict):
@@ -74,11 +68,7 @@ def _mended_by_copy(path: Path) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to the same run; the system frees the lock however the process ends.
-
-    Raises:
-      FileExistsError: if another process holds it.
-    """
+    """Keeps other processes from writing to the same run; the system frees the lock however the process ends."""
     with (folder / "lock").open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -15,6 +15,7 @@ from experiments.names import unknown
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
 
 _READ_AT_ONCE = 1000
+_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # of a file in the cache
 
 
 def load(name: str, data_dir: str | Path | None = None, cache_dir: str | Path | None = None) -> Dataset:
@@ -51,14 +52,10 @@ def channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float,
 
 def _decode(builder: Any, split: str) -> Split:
     source = builder.as_data_source(split)
-    size = len(source)
-    images = np.empty((size, *builder.info.features["image"].shape), np.uint8)
-    labels = np.empty(size, np.int32)
-    for start in range(0, size, _READ_AT_ONCE):  # far quicker than one at a time
-        chunk = range(start, min(start + _READ_AT_ONCE, size))
-        for index, example in zip(chunk, source.__getitems__(list(chunk)), strict=True):
-            images[index], labels[index] = example["image"], example["label"]
-    return Split(images, labels)
+    parts = (range(len(source))[start : start + _READ_AT_ONCE] for start in range(0, len(source), _READ_AT_ONCE))
+    examples = [example for part in parts for example in source.__getitems__(list(part))]  # far quicker than one by one
+    images, labels = ([example[name] for example in examples] for name in ("image", "label"))
+    return Split(np.array(images, np.uint8), np.array(labels, np.int32))
 
 
 def _cache_path(builder: Any, cache_dir: str | Path | None) -> Path:
@@ -75,8 +72,8 @@ def _read_cache(path: Path) -> tuple[Split, Split] | None:
     """Both splits; None if they are not there, or damaged: then they are decoded again."""
     try:
         with np.load(path) as arrays:
-            train = Split(arrays["train_images"], arrays["train_labels"])
-            return train, Split(arrays["test_images"], arrays["test_labels"])
+            first, second, third, fourth = (arrays[name] for name in _ARRAYS)
+            return Split(first, second), Split(third, fourth)
     except (EOFError, FileNotFoundError, KeyError, ValueError, zipfile.BadZipFile):
         return None
 
@@ -84,7 +81,5 @@ def _read_cache(path: Path) -> tuple[Split, Split] | None:
 def _write_cache(path: Path, train: Split, test: Split) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.npz")
-    np.savez(
-        partial, train_images=train.images, train_labels=train.labels, test_images=test.images, test_labels=test.labels
-    )
+    np.savez(partial, **dict(zip(_ARRAYS, (*train, *test), strict=True)))  # type: ignore[arg-type]
     partial.replace(path)  # whole or not at all, whoever else writes it
