@@ -25,11 +25,7 @@ def augment(
     Args:
       name: ``"none"``; ``"basic"`` (crop and flip); ``"cutout"`` (basic, then cutout of 16×16 pixels);
         ``"autoaugment"`` (basic, then the CIFAR-10 policy); ``"inception"`` (Inception-style crop and flip).
-      key: of the random choices.
-      images: uint8.
-      mean: of each channel, for pixels in [0, 1].
-      std: of each channel, likewise.
-      dtype: of the result.
+      mean, std: of each channel, for pixels in [0, 1].
 
     Raises:
       ValueError: if there is no such augmentation.

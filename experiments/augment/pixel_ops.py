@@ -4,6 +4,8 @@ Whole numbers throughout, so that every device computes the same bytes: those of
 which the policy was found. (It blends and stretches in floating point, and may end just below a whole number.)
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -36,7 +38,7 @@ def enhance(image: jax.Array, kind: jax.Array, tenths: jax.Array) -> jax.Array:
     pixels = image.astype(jnp.int32)
     grey = _luma(pixels)
     mean_grey = (2 * jnp.sum(grey) + grey.size) // (2 * grey.size)
-    filled = lambda other: jnp.broadcast_to(other, pixels.shape)
+    filled = partial(jnp.broadcast_to, shape=pixels.shape)
     degenerate = jnp.stack([pixels, jnp.zeros_like(pixels), filled(grey), filled(mean_grey), _smoothed(pixels)])[kind]
     blended = (10 - tenths) * degenerate + tenths * pixels
     return jnp.clip(blended // 10, 0, 255).astype(image.dtype)

@@ -114,9 +114,6 @@ class ResNet(nnx.Module):
     convolution without pooling.
 
     Args:
-      make: its layers.
-      num_classes: how many logits.
-      image_shape: height, width and channels of the images.
       stage_sizes: blocks in each stage; features double and the image halves from one stage to the next.
       block: ``BasicBlock`` or ``Bottleneck``.
       width: features of the first stage.
@@ -141,8 +138,8 @@ class ResNet(nnx.Module):
         self.is_imagenet = stem == "imagenet"
         self.conv = make.conv(image_shape[-1], width, *((7, 2) if self.is_imagenet else (3, 1)))
         self.norm = make.batch_norm(width)
-        features = (width * 2**stage * block.expansion for stage, size in enumerate(stage_sizes) for _ in range(size))
-        widths = [width, *features]
+        stages = [stage for stage, size in enumerate(stage_sizes) for _ in range(size)]
+        widths = [width, *(width * 2**stage * block.expansion for stage in stages)]
         self.blocks = _chain(partial(block, make, zero_init_residual=zero_init_residual), widths, stage_sizes)
         self.head = make.head(widths[-1], num_classes)
 

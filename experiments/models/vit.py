@@ -31,10 +31,7 @@ class VisionTransformer(nnx.Module):
     """ViT with a class token.
 
     Args:
-      make: where its layers' precision and initial values come from.
-      num_classes: how many logits.
-      image_shape: height, width and channels of the images; patches must tile them.
-      patch_size: side of a patch in pixels.
+      patch_size: side of a patch in pixels; patches must tile the images.
       width: features of a token.
       depth: how many encoder blocks.
       num_heads: of the self-attention; they divide ``width``.
