@@ -11,10 +11,10 @@ from flax import nnx
 
 from experiments import models
 from experiments.inputs import Signature
-from experiments.models.convnet import ConvNet
 from experiments.recipes import Recipe
 
 LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
+"""``(params, model_state, images, labels) -> loss, (new model state, right answers)``."""
 
 
 class Network(NamedTuple):
@@ -22,7 +22,7 @@ class Network(NamedTuple):
 
     Attributes:
       init: from a seed to params and model state.
-      loss_fn: in training mode, ``(params, model_state, images, labels) -> loss, (new model state, right answers)``.
+      loss_fn: in training mode.
       logits: in evaluation mode, with stored statistics, ``(params, model_state, images) -> logits``.
     """
 
@@ -34,19 +34,23 @@ class Network(NamedTuple):
 def make_network(recipe: Recipe, signature: Signature, groups: int = 1) -> Network:
     """Builds the network of a recipe.
 
-    Args:
-      recipe: which one, and in how many parts a batch passes it.
-      signature: shapes of its data.
-      groups: parts of a batch, each with BatchNorm statistics of its own, that pass together: as many as devices.
+    A batch passes it in ``groups`` parts together, each with BatchNorm statistics of its own, as many as devices; and
+    in ``recipe.accumulate`` parts one after the other. Its loss is one function of the whole batch all the same, and
+    so its perturbation is.
     """
-    make_model = partial(_make_model, recipe, signature)
+    shape, options = signature.image_shape, dict[str, Any](recipe.model_options)
+
+    def make_model(seed: int | jax.Array) -> nnx.Module:
+        rngs = nnx.Rngs(jax.random.key(seed))
+        return models.build(recipe.model, signature.num_classes, shape, rngs, recipe.dtype, **options)
+
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(0)))
 
     def init(seed: int | jax.Array) -> tuple[Any, Any]:
         model = make_model(seed)
         return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
-    def loss_fn(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_of_batch(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, model_state, copy=True)
         model.train()
         logits = model(images)
@@ -58,54 +62,23 @@ def make_network(recipe: Recipe, signature: Signature, groups: int = 1) -> Netwo
         model.eval()
         return model(images)
 
-    return Network(init, _mean_over_sequence(_mean_over_groups(loss_fn, groups), recipe.accumulate), logits)
+    loss_fn: LossFn = loss_of_batch
+    if groups > 1:
+        loss_fn = _mean_over(loss_fn, lambda x: x.reshape(groups, -1, *x.shape[1:]), jax.vmap)
+    if recipe.accumulate > 1:
+        # Each part is spread over the batch, so that each device keeps what it has; for the memory of one part,
+        # activations are computed again in the backward pass.
+        split = lambda x: x.reshape(-1, recipe.accumulate, *x.shape[1:]).swapaxes(0, 1)
+        loss_fn = _mean_over(loss_fn, split, lambda loss: partial(jax.lax.map, jax.checkpoint(loss)))
+    return Network(init, loss_fn, logits)
 
 
-def _make_model(recipe: Recipe, signature: Signature, seed: int | jax.Array) -> nnx.Module:
-    shape, rngs, options = signature.image_shape, nnx.Rngs(jax.random.key(seed)), dict[str, Any](recipe.model_options)
-    if recipe.model == "convnet":
-        models.check_options("convnet", ConvNet, options)
-        if recipe.dtype != "float32":
-            raise ValueError(f"The convnet computes in float32 alone: take another network for --dtype {recipe.dtype}.")
-        return ConvNet(shape[-1], signature.num_classes, **options, rngs=rngs)
-    dtype = jnp.dtype(recipe.dtype)
-    return models.build(recipe.model, signature.num_classes, shape, rngs, dtype, **options)
+def _mean_over(loss_fn: LossFn, split: Callable[[jax.Array], jax.Array], mapped: Callable[..., Any]) -> LossFn:
+    """The mean over parts of a batch."""
 
+    def mean_loss(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+        of_parts = mapped(lambda part: loss_fn(params, model_state, *part))
+        losses, (states, correct) = of_parts((split(images), split(labels)))
+        return jnp.mean(losses), (jax.tree.map(lambda x: jnp.mean(x, axis=0), states), jnp.sum(correct))
 
-def _mean_over_groups(loss_fn: LossFn, groups: int) -> LossFn:
-    """The mean over parts of a batch that pass the network together."""
-    if groups == 1:
-        return loss_fn
-
-    def loss_of_groups(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        parts = (x.reshape(groups, -1, *x.shape[1:]) for x in (images, labels))
-        losses, (states, correct) = jax.vmap(loss_fn, in_axes=(None, None, 0, 0))(params, model_state, *parts)
-        return jnp.mean(losses), (_mean(states), jnp.sum(correct))
-
-    return loss_of_groups
-
-
-def _mean_over_sequence(loss_fn: LossFn, count: int) -> LossFn:
-    """The mean over parts that pass one after the other, for the memory of one, with examples from every device each.
-
-    Their activations are computed again in the backward pass. It is one function of the whole batch, and so its
-    perturbation is.
-    """
-    if count == 1:
-        return loss_fn
-
-    def loss_of_sequence(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        @jax.checkpoint
-        def of_part(part: Any) -> tuple[jax.Array, Any]:
-            return loss_fn(params, model_state, *part)
-
-        # Every count-th example, so that each device keeps what it has.
-        parts = tuple(x.reshape(-1, count, *x.shape[1:]).swapaxes(0, 1) for x in (images, labels))
-        losses, (states, correct) = jax.lax.map(of_part, parts)
-        return jnp.mean(losses), (_mean(states), jnp.sum(correct))
-
-    return loss_of_sequence
-
-
-def _mean(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jnp.mean(x, axis=0), tree)
+    return mean_loss

@@ -11,8 +11,9 @@ pytest.importorskip("PIL", reason="the experiments need pip install crsam_jax[ex
 
 from PIL import Image, ImageEnhance, ImageOps
 
-from experiments.augment import augment, autoaugment, basic, cutout, inception_crop, normalize, random_crop, random_flip
+from experiments.augment import augment, autoaugment, basic, cutout, inception_crop, normalize, random_flip
 from experiments.augment.autoaugment import POLICY, apply, make_operation
+from experiments.augment.basic import random_crop
 from experiments.augment.inception import random_box, resize_box
 
 OPERATIONS = (

@@ -13,8 +13,7 @@ from flax import nnx
 
 from experiments.models import build, parameter_count
 from experiments.models.layers import Layers
-from experiments.models.pyramidnet import PyramidBlock
-from experiments.models.resnet import BasicBlock, Bottleneck
+from experiments.models.residual import BasicBlock, Bottleneck, PyramidBlock
 
 CIFAR, IMAGENET = (32, 32, 3), (224, 224, 3)
 
@@ -33,7 +32,7 @@ def reduced(name, image_shape=(16, 16, 3), **changes):
 
 
 def layers():
-    return Layers(jnp.float32, jnp.float32, nnx.Rngs(0))
+    return Layers(jnp.float32, nnx.Rngs(0))
 
 
 def images(*shape, seed=0):
@@ -153,10 +152,10 @@ def test_bfloat16_computes_with_float32_parameters_and_logits(name, monkeypatch)
 
 @pytest.mark.parametrize("kind", [BasicBlock, Bottleneck])
 def test_zero_init_makes_each_block_its_shortcut(kind):
-    block = kind(layers(), inputs=4, features=2, stride=2, zero_init_residual=True)
+    block = kind(layers(), inputs=4, outputs=8, stride=2, zero_init_residual=True)
     x = images(2, 8, 8, 4)
     np.testing.assert_allclose(block(x), nnx.relu(block.shortcut(x)), atol=1e-6)
-    plain = kind(layers(), inputs=4, features=2, stride=2, zero_init_residual=False)
+    plain = kind(layers(), inputs=4, outputs=8, stride=2, zero_init_residual=False)
     assert not np.allclose(plain(x), nnx.relu(plain.shortcut(x)), atol=1e-2)
 
 

@@ -5,21 +5,9 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from experiments.augment.autoaugment import autoaugment
-from experiments.augment.basic import basic, cutout, random_crop, random_flip
+from experiments.augment.basic import basic, cutout, random_flip
 from experiments.augment.inception import inception_crop
 from experiments.names import unknown
-
-__all__ = [
-    "NAMES",
-    "augment",
-    "autoaugment",
-    "basic",
-    "cutout",
-    "inception_crop",
-    "normalize",
-    "random_crop",
-    "random_flip",
-]
 
 NAMES = ("none", "basic", "cutout", "autoaugment", "inception")
 
@@ -32,19 +20,12 @@ def augment(
     std: tuple[float, ...],
     dtype: DTypeLike = jnp.float32,
 ) -> jax.Array:
-    """Augments and normalizes a batch.
+    """Augments a batch of uint8 images [batch, height, width, channels] and normalizes it, see :func:`normalize`.
 
     Args:
       name: ``"none"``; ``"basic"`` (crop and flip); ``"cutout"`` (basic, then cutout of 16×16 pixels);
         ``"autoaugment"`` (basic, then the CIFAR-10 policy); ``"inception"`` (Inception-style crop and flip).
-      key: of the random choices.
-      images: uint8 [batch, height, width, channels].
-      mean: of each channel, for pixels in [0, 1].
-      std: of each channel.
-      dtype: of the result.
-
-    Returns:
-      Normalized images of the same shape.
+      mean, std: of each channel, for pixels in [0, 1].
 
     Raises:
       ValueError: if there is no such augmentation.

@@ -7,6 +7,7 @@ operations would compute all fourteen. But an operation moves pixels, or blends,
 of each kind, two of them the identity, and what tells operations apart is small tables of numbers.
 """
 
+import itertools
 from typing import Any, NamedTuple
 
 import jax
@@ -16,32 +17,20 @@ import numpy as np
 from experiments.augment.pixel_ops import ENHANCEMENTS, FIXED_POINT, TONES, change_tone, enhance, warp
 
 POLICY = (
-    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)),
-    (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
-    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)),
-    (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)),
-    (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
-    (("Color", 0.4, 3), ("Brightness", 0.6, 7)),
-    (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
-    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)),
-    (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
-    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)),
-    (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
-    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)),
-    (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
-    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)),
-    (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
-    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)),
-    (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
-    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)),
-    (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
-    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)),
-    (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
-    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)),
-    (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
+    (("Invert", 0.1, 0), ("Contrast", 0.2, 6)), (("Rotate", 0.7, 2), ("TranslateX", 0.3, 9)),
+    (("Sharpness", 0.8, 1), ("Sharpness", 0.9, 3)), (("ShearY", 0.5, 8), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.5, 0), ("Equalize", 0.9, 0)), (("ShearY", 0.2, 7), ("Posterize", 0.3, 7)),
+    (("Color", 0.4, 3), ("Brightness", 0.6, 7)), (("Sharpness", 0.3, 9), ("Brightness", 0.7, 9)),
+    (("Equalize", 0.6, 0), ("Equalize", 0.5, 0)), (("Contrast", 0.6, 7), ("Sharpness", 0.6, 5)),
+    (("Color", 0.7, 7), ("TranslateX", 0.5, 8)), (("Equalize", 0.3, 0), ("AutoContrast", 0.4, 0)),
+    (("TranslateY", 0.4, 3), ("Sharpness", 0.2, 6)), (("Brightness", 0.9, 6), ("Color", 0.2, 8)),
+    (("Solarize", 0.5, 2), ("Invert", 0.0, 0)), (("Equalize", 0.2, 0), ("AutoContrast", 0.6, 0)),
+    (("Equalize", 0.2, 0), ("Equalize", 0.6, 0)), (("Color", 0.9, 9), ("Equalize", 0.6, 0)),
+    (("AutoContrast", 0.8, 0), ("Solarize", 0.2, 8)), (("Brightness", 0.1, 3), ("Color", 0.7, 0)),
+    (("Solarize", 0.4, 5), ("AutoContrast", 0.9, 0)), (("TranslateY", 0.9, 9), ("TranslateY", 0.7, 9)),
+    (("AutoContrast", 0.9, 0), ("Solarize", 0.8, 3)), (("Equalize", 0.8, 0), ("Invert", 0.1, 0)),
     (("TranslateY", 0.7, 9), ("AutoContrast", 0.9, 0)),
-)
+)  # fmt: skip
 """Sub-policies of two steps: operation, probability, level (0 where the operation has none)."""
 
 MAX_LEVEL = 9
@@ -66,25 +55,14 @@ class Operation(NamedTuple):
 
 
 def autoaugment(key: jax.Array, images: jax.Array) -> jax.Array:
-    """Applies the CIFAR-10 policy, to each image a sub-policy of its own.
+    """Applies the CIFAR-10 policy to uint8 images [batch, height, width, 1 or 3], each a sub-policy of its own.
 
     Magnitudes are table 6 of the paper's for levels 0 to 9, translations its 150 of 331 pixels in proportion and in
     whole pixels; shears, translations, rotations and enhancements take either sign. Empty pixels become grey.
-
-    Args:
-      key: of the random choices.
-      images: uint8 [batch, height, width, 1 or 3].
-
-    Returns:
-      Images of the same shape and dtype.
-
-    Raises:
-      TypeError: if the images are not uint8.
     """
     if images.dtype != jnp.uint8:
         raise TypeError(f"AutoAugment is defined on uint8 images, got {images.dtype}: augment before normalizing.")
-    _, height, width, _ = images.shape
-    operations, probabilities = _tables(height, width)
+    operations, probabilities = _tables(*images.shape[1:3])
 
     def augment(key: jax.Array, image: jax.Array) -> jax.Array:
         policy_key, sign_key, use_key = jax.random.split(key, 3)
@@ -107,54 +85,39 @@ def apply(operation: Operation, image: jax.Array) -> jax.Array:
 
 
 def make_operation(name: str, level: int, sign: int, height: int, width: int) -> Operation:
-    """The parts of an operation on images of a size.
+    """An operation of a level, 0 to 9, in a direction, 1 or −1, on images of a size.
 
-    Args:
-      name: of the operation.
-      level: its strength, 0 to 9; without meaning for AutoContrast, Equalize and Invert.
-      sign: 1 or −1, the direction; without meaning for operations that map levels.
-      height: of the images.
-      width: of the images.
-
-    Returns:
-      The operation.
+    AutoContrast, Equalize and Invert have no levels, and operations that map levels of brightness no direction.
     """
-    strength = level / MAX_LEVEL
     is_enhancement = name in ENHANCEMENTS
     return Operation(
-        matrix=_fixed_point(_matrix(name, sign * strength, height, width)),
+        matrix=_matrix(name, sign * level / MAX_LEVEL, height, width),
         enhancement=np.int32(ENHANCEMENTS.index(name) if is_enhancement else 0),
         tenths=np.int32(10 + sign * level if is_enhancement else 10),
         tone=np.int32(TONES.index(name) if name in TONES else 0),
-        table=_table(name, strength),
+        table=_table(name, level / MAX_LEVEL),
     )
 
 
 def _matrix(name: str, strength: float, height: int, width: int) -> np.ndarray:
-    """From where, in pixels, each position takes its value; a strength of ±1 is the largest."""
+    """From where each pixel takes its value, in units of 2⁻¹⁶ pixels; a strength of ±1 is the largest."""
+    matrix = np.eye(2, 3)
     match name:
         case "ShearX":
-            return np.array([[1, 0.3 * strength, 0], [0, 1, 0]])
+            matrix[0, 1] = 0.3 * strength
         case "ShearY":
-            return np.array([[1, 0, 0], [0.3 * strength, 1, 0]])
+            matrix[1, 0] = 0.3 * strength
         case "TranslateX":
-            return np.array([[1, 0, np.trunc(150 / 331 * width * strength)], [0, 1, 0]])
+            matrix[0, 2] = np.trunc(150 / 331 * width * strength)
         case "TranslateY":
-            return np.array([[1, 0, 0], [0, 1, np.trunc(150 / 331 * height * strength)]])
+            matrix[1, 2] = np.trunc(150 / 331 * height * strength)
         case "Rotate":
             angle = np.deg2rad(30 * strength)
             rotation = np.array([[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]])
             center = np.array([width / 2, height / 2])
-            return np.column_stack([rotation, center - rotation @ center])
-        case _:
-            return np.array([[1.0, 0, 0], [0, 1, 0]])
-
-
-def _fixed_point(matrix: np.ndarray) -> np.ndarray:
-    """The matrix in units of 2⁻¹⁶ pixels, from pixel indices instead of their centres."""
-    linear, offset = matrix[:, :2], matrix[:, 2:]
-    centered = np.hstack([linear, offset + linear.sum(axis=1, keepdims=True) / 2])
-    return np.floor(centered * 2**FIXED_POINT + 0.5).astype(np.int32)
+            matrix = np.column_stack([rotation, center - rotation @ center])
+    matrix[:, 2] += matrix[:, :2].sum(axis=1) / 2  # from pixel indices instead of their centres
+    return np.floor(matrix * 2**FIXED_POINT + 0.5).astype(np.int32)
 
 
 def _table(name: str, strength: float) -> np.ndarray:
@@ -166,18 +129,13 @@ def _table(name: str, strength: float) -> np.ndarray:
             return np.where(levels < 256 * (1 - strength), levels, 255 - levels)
         case "Posterize":
             return levels & -(2 ** round(4 * strength))
-        case _:
-            return levels
+    return levels
 
 
-def _tables(height: int, width: int) -> tuple[Operation, jax.Array]:
+def _tables(*size: int) -> tuple[Operation, jax.Array]:
     """Every operation of the policy, stacked to [sub-policy, step, sign, ...], and probabilities [sub-policy, step]."""
-    rows = [
-        make_operation(name, level, sign, height, width)
-        for subpolicy in POLICY
-        for name, _, level in subpolicy
-        for sign in (1, -1)
-    ]
+    steps = itertools.chain(*POLICY)
+    rows = [make_operation(name, level, sign, *size) for name, _, level in steps for sign in (1, -1)]
     shape = (len(POLICY), 2, 2)
     operations = jax.tree.map(lambda *parts: jnp.asarray(np.stack(parts).reshape(*shape, *parts[0].shape)), *rows)
     return operations, jnp.array([[probability for _, probability, _ in subpolicy] for subpolicy in POLICY])

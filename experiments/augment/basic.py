@@ -25,20 +25,9 @@ def basic(key: jax.Array, images: jax.Array) -> jax.Array:
 
 
 def cutout(key: jax.Array, images: jax.Array, size: int = 16) -> jax.Array:
-    """Sets a square to zero, the mean of normalized images.
+    """Sets a square of an even side to zero, the mean of normalized images (DeVries, Taylor 2017: Cutout).
 
     Its centre is any pixel, so that up to three quarters of it lie outside of the image.
-
-    Args:
-      key: of the random centres.
-      images: [batch, height, width, channels], normalized.
-      size: side of the square in pixels, even.
-
-    Returns:
-      Images of the same shape and dtype.
-
-    References:
-      DeVries, Taylor: Improved Regularization of Convolutional Neural Networks with Cutout, 2017.
     """
     count, height, width, _ = images.shape
     y_key, x_key = jax.random.split(key)

@@ -27,17 +27,12 @@ def draw_contact_sheet(path: str | Path, dataset: Dataset, *, names: Sequence[st
     figure, axes = plt.subplots(len(rows), len(images), figsize=(len(images), 1.05 * len(rows)), squeeze=False)
     for (name, trial), row in zip(rows, axes, strict=True):
         batch = augment(name, jax.random.key(seed + trial), images, dataset.mean, dataset.std)
-        for axis, pixels in zip(row, _displayable(batch, dataset), strict=True):
-            axis.imshow(pixels.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
-            axis.set_xticks([])
-            axis.set_yticks([])
+        pixels = np.clip(np.asarray(batch, np.float32) * dataset.std + dataset.mean, 0, 1)
+        for axis, image in zip(row, pixels, strict=True):
+            axis.imshow(image.squeeze(), cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+            axis.set(xticks=[], yticks=[])
         if trial == 0:
             row[0].set_ylabel(name)
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=100)
     plt.close(figure)
-
-
-def _displayable(images: jax.Array, dataset: Dataset) -> np.ndarray:
-    pixels = np.asarray(images, np.float32) * np.asarray(dataset.std) + np.asarray(dataset.mean)
-    return np.clip(pixels, 0, 1)

@@ -14,13 +14,8 @@ _ATTEMPTS = 10
 def inception_crop(key: jax.Array, images: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
     """Cuts out a random box of each image and resizes it, bilinearly and with antialiasing.
 
-    Args:
-      key: of the random boxes.
-      images: [batch, height, width, channels], uint8 or floating.
-      size: height and width of the result; those of the images by default.
-
-    Returns:
-      Images [batch, *size, channels] of the same dtype.
+    Images are [batch, height, width, channels], uint8 or floating; ``size`` is the new height and width, by default
+    the old.
     """
     count, height, width, _ = images.shape
     boxes = jax.vmap(lambda k: random_box(k, height, width))(jax.random.split(key, count))
@@ -28,12 +23,9 @@ def inception_crop(key: jax.Array, images: jax.Array, size: tuple[int, int] | No
 
 
 def random_box(key: jax.Array, height: int, width: int) -> jax.Array:
-    """A box of 8 to 100 % of the area and an aspect ratio log-uniform in [3/4, 4/3].
+    """A box (upper, left, height, width), int32, of 8 to 100 % of the area and a ratio log-uniform in [3/4, 4/3].
 
     The first of ten random sizes that fits; if none does, the largest central box whose ratio is allowed.
-
-    Returns:
-      upper, left, height, width in whole pixels, int32.
     """
     area_key, ratio_key, place_key = jax.random.split(key, 3)
     area = jax.random.uniform(area_key, (_ATTEMPTS,), minval=MIN_AREA, maxval=1.0) * (height * width)

@@ -4,6 +4,8 @@ Whole numbers throughout, so that every device computes the same bytes: those of
 which the policy was found. (It blends and stretches in floating point, and may end just below a whole number.)
 """
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 
@@ -17,12 +19,7 @@ FIXED_POINT = 16  # fractional bits of the coordinates in a geometric operation
 def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     """Moves pixels: position (x, y) takes the nearest pixel at matrix · (x, y, 1), or grey if that lies outside.
 
-    Args:
-      image: uint8 [height, width, channels].
-      matrix: int32 [2, 3], in units of 2⁻¹⁶ pixels; the position (x, y) stands for the centre of that pixel.
-
-    Returns:
-      An image of the same shape.
+    The matrix is int32 [2, 3], in units of 2⁻¹⁶ pixels; the position (x, y) stands for the centre of that pixel.
     """
     height, width, _ = image.shape
     y, x = jnp.mgrid[:height, :width]
@@ -35,24 +32,14 @@ def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
 def enhance(image: jax.Array, kind: jax.Array, tenths: jax.Array) -> jax.Array:
     """Blends with a degenerate image, tenths/10 of the image and the rest of the other, and beyond if tenths > 10.
 
-    The other is black for brightness, grey scale for color, the mean grey for contrast, smoothed for sharpness.
-
-    Args:
-      image: uint8 [height, width, channels].
-      kind: index into ``ENHANCEMENTS``.
-      tenths: strength; 10 leaves the image as it is.
-
-    Returns:
-      An image of the same shape.
+    The other is black for brightness, grey scale for color, the mean grey for contrast, smoothed for sharpness; 10
+    tenths leave the image as it is. The kind is an index into ``ENHANCEMENTS``.
     """
     pixels = image.astype(jnp.int32)
     grey = _luma(pixels)
     mean_grey = (2 * jnp.sum(grey) + grey.size) // (2 * grey.size)
-    degenerate = jnp.stack(
-        [pixels, jnp.zeros_like(pixels)]
-        + [jnp.broadcast_to(other, pixels.shape) for other in (grey, mean_grey)]
-        + [_smoothed(pixels)]
-    )[kind]
+    filled = partial(jnp.broadcast_to, shape=pixels.shape)
+    degenerate = jnp.stack([pixels, jnp.zeros_like(pixels), filled(grey), filled(mean_grey), _smoothed(pixels)])[kind]
     blended = (10 - tenths) * degenerate + tenths * pixels
     return jnp.clip(blended // 10, 0, 255).astype(image.dtype)
 
@@ -60,13 +47,7 @@ def enhance(image: jax.Array, kind: jax.Array, tenths: jax.Array) -> jax.Array:
 def change_tone(image: jax.Array, kind: jax.Array, table: jax.Array) -> jax.Array:
     """Maps the 256 levels of each channel: by the table given, or by one made of the channel's own histogram.
 
-    Args:
-      image: uint8 [height, width, channels].
-      kind: index into ``TONES``.
-      table: int32 [256], for the first kind.
-
-    Returns:
-      An image of the same shape.
+    The kind is an index into ``TONES``; the table, int32 [256], is for the first.
     """
 
     def change_channel(channel: jax.Array) -> jax.Array:

@@ -1,8 +1,7 @@
-"""The networks of the paper, and a small one, by name."""
+"""The networks of the paper, and two small ones, by name."""
 
 import inspect
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import jax
@@ -10,38 +9,37 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from experiments.models.pyramidnet import PyramidNet
-from experiments.models.resnet import BasicBlock, Bottleneck, ResNet
+from experiments.models.convnet import ConvNet
+from experiments.models.layers import Layers, Shape
+from experiments.models.residual import BasicBlock, Bottleneck, PyramidNet, ResNet, WideResNet
 from experiments.models.vit import VisionTransformer
-from experiments.models.wide_resnet import WideResNet
 from experiments.names import unknown
 
-NAMES = ("resnet8", "resnet18", "resnet50", "resnet101", "wrn28_10", "pyramidnet110", "vit_s32", "vit_b32", "vit_ti4")
+_NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "resnet8": (ResNet, {"stage_sizes": (1, 1, 1), "block": BasicBlock, "width": 16}),  # He et al.'s least of 3 stages
+    "resnet18": (ResNet, {"stage_sizes": (2, 2, 2, 2), "block": BasicBlock}),
+    "resnet50": (ResNet, {"stage_sizes": (3, 4, 6, 3), "block": Bottleneck}),
+    "resnet101": (ResNet, {"stage_sizes": (3, 4, 23, 3), "block": Bottleneck}),
+    "wrn28_10": (WideResNet, {"depth": 28, "widen_factor": 10}),
+    "pyramidnet110": (PyramidNet, {"depth": 110, "alpha": 270}),
+    "vit_s32": (VisionTransformer, {"patch_size": 32, "width": 384, "num_heads": 6}),
+    "vit_b32": (VisionTransformer, {"patch_size": 32, "width": 768, "num_heads": 12}),
+    "vit_ti4": (VisionTransformer, {"patch_size": 4, "width": 192, "num_heads": 3}),
+    "convnet": (ConvNet, {}),
+}
+NAMES = tuple(_NETWORKS)
 
-_GIVEN = (
-    "self",
-    "num_classes",
-    "channels",
-    "in_channels",
-    "image_shape",
-    "dtype",
-    "rngs",
-)  # by the data and the recipe
+_GIVEN = {"self", "make", "num_classes", "channels", "image_shape", "rngs"}  # by the data and the recipe
 
 _SMALL_IMAGE = 64  # pixels; residual networks take the stem of ImageNet above
 
 
 def build(
-    name: str,
-    num_classes: int,
-    image_shape: tuple[int, int, int],
-    rngs: nnx.Rngs,
-    dtype: DTypeLike = jnp.float32,
-    **changes: Any,
+    name: str, num_classes: int, image_shape: Shape, rngs: nnx.Rngs, dtype: DTypeLike = jnp.float32, **changes: Any
 ) -> nnx.Module:
-    """Builds a network of the paper, or ResNet-8.
+    """Builds a network, from images [batch, height, width, channels] to logits [batch, num_classes].
 
-    Residual networks take the stem of ImageNet for images above 64 pixels, and then start each block as its shortcut
+    ResNets take the stem of ImageNet for images above 64 pixels, and then start each block as its shortcut
     (Goyal et al. 2017); below, the stem of CIFAR and the plain initialization.
 
     Args:
@@ -52,9 +50,6 @@ def build(
       dtype: in which the network computes; parameters and logits are float32.
       **changes: arguments of the architecture to change, such as ``width=16`` for a reduced one.
 
-    Returns:
-      The network: a module from images [batch, height, width, channels] to logits [batch, num_classes].
-
     Raises:
       ValueError: if there is no such network, or it has no such option.
 
@@ -63,54 +58,21 @@ def build(
       >>> parameter_count(model)
       11173962
     """
-    channels = image_shape[-1]
-    is_large = max(image_shape[:2]) > _SMALL_IMAGE
-    residual = {
-        "num_classes": num_classes,
-        "in_channels": channels,
-        "stem": "imagenet" if is_large else "cifar",
-        "zero_init_residual": is_large,
-    }
-    plain = {"num_classes": num_classes, "in_channels": channels}
-    tokens = {"num_classes": num_classes, "image_shape": image_shape, "depth": 12}
-    architecture: type[nnx.Module]
-    defaults: dict[str, Any]
-    match name:
-        case "resnet8":  # the least of He et al.'s three-stage networks
-            architecture = ResNet
-            defaults = residual | {"stage_sizes": (1, 1, 1), "block": BasicBlock, "width": 16}
-        case "resnet18":
-            architecture, defaults = ResNet, residual | {"stage_sizes": (2, 2, 2, 2), "block": BasicBlock}
-        case "resnet50":
-            architecture, defaults = ResNet, residual | {"stage_sizes": (3, 4, 6, 3), "block": Bottleneck}
-        case "resnet101":
-            architecture, defaults = ResNet, residual | {"stage_sizes": (3, 4, 23, 3), "block": Bottleneck}
-        case "wrn28_10":
-            architecture, defaults = WideResNet, plain | {"depth": 28, "widen_factor": 10}
-        case "pyramidnet110":
-            architecture, defaults = PyramidNet, plain | {"depth": 110, "alpha": 270}
-        case "vit_s32":
-            architecture, defaults = VisionTransformer, tokens | {"patch_size": 32, "width": 384, "num_heads": 6}
-        case "vit_b32":
-            architecture, defaults = VisionTransformer, tokens | {"patch_size": 32, "width": 768, "num_heads": 12}
-        case "vit_ti4":
-            architecture, defaults = VisionTransformer, tokens | {"patch_size": 4, "width": 192, "num_heads": 3}
-        case _:
-            raise unknown("model", name, NAMES)
-    check_options(name, architecture, changes)
-    return architecture(**(defaults | changes), dtype=dtype, rngs=rngs)
-
-
-def check_options(name: str, architecture: type[nnx.Module], options: Iterable[str]) -> None:
-    """Makes sure that a network takes some options.
-
-    Raises:
-      ValueError: naming the first that it does not take, and those that it does.
-    """
+    if name not in _NETWORKS:
+        raise unknown("model", name, NAMES)
+    architecture, defaults = _NETWORKS[name]
     known = [option for option in inspect.signature(architecture.__init__).parameters if option not in _GIVEN]
-    for option in options:
+    for option in changes:
         if option not in known:
             raise ValueError(f"{name} has no option {option!r}, it has {', '.join(known)}: see model_options.")
+    if architecture is ConvNet:
+        if (dtype := jnp.dtype(dtype)) != jnp.float32:
+            raise ValueError(f"The convnet computes in float32 alone: take another network for --dtype {dtype}.")
+        return ConvNet(image_shape[-1], num_classes, **changes, rngs=rngs)
+    if architecture is ResNet:
+        is_large = max(image_shape[:2]) > _SMALL_IMAGE
+        defaults = defaults | {"stem": "imagenet" if is_large else "cifar", "zero_init_residual": is_large}
+    return architecture(Layers(dtype, rngs), num_classes, image_shape, **(defaults | changes))
 
 
 def parameter_count(model: nnx.Module) -> int:

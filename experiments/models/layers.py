@@ -1,11 +1,14 @@
-"""The layers that the convolutional networks share, all of one precision."""
+"""The layers that the networks share, all of one precision."""
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
+
+Shape = tuple[int, int, int]
+"""Height, width and channels of an image."""
 
 he_normal = nnx.initializers.variance_scaling(2.0, "fan_out", "normal")
 
@@ -24,49 +27,28 @@ class RunningStatistic(nnx.BatchStat[jax.Array]):
             super().__setitem__(index, value)
 
 
-@dataclass(frozen=True)
-class Layers:
-    """Makes the layers of one network.
-
-    Attributes:
-      dtype: in which convolutions and normalizations compute.
-      param_dtype: in which parameters and running statistics are kept.
-      rngs: where initial values come from.
-    """
+class Layers(NamedTuple):
+    """Makes the layers of one network, which compute in ``dtype``; parameters and statistics are float32."""
 
     dtype: DTypeLike
-    param_dtype: DTypeLike
     rngs: nnx.Rngs
 
     def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
-        """A convolution without bias, padded by kernel // 2 on every side."""
+        """A convolution without bias, padded by kernel // 2 on every side: "SAME" pads one only when it strides."""
         return nnx.Conv(
-            inputs,
-            outputs,
-            (kernel, kernel),
-            strides=(stride, stride),
-            padding=kernel // 2,  # not "SAME", which pads one side only when it strides
-            use_bias=False,
-            kernel_init=he_normal,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
-        )
+            inputs, outputs, (kernel, kernel), strides=stride, padding=kernel // 2, use_bias=False,
+            kernel_init=he_normal, dtype=self.dtype, rngs=self.rngs,
+        )  # fmt: skip
 
     def batch_norm(self, features: int, *, zero_init: bool = False) -> nnx.BatchNorm:
         """Batch normalization; a tenth of each batch's statistics enters the running ones, which start at 0 and 1."""
+        scale_init = nnx.initializers.zeros if zero_init else nnx.initializers.ones
         norm = nnx.BatchNorm(
-            features,
-            momentum=0.9,
-            epsilon=1e-5,
-            scale_init=nnx.initializers.zeros if zero_init else nnx.initializers.ones,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            rngs=self.rngs,
+            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=self.dtype, rngs=self.rngs
         )
         norm.mean, norm.var = RunningStatistic(norm.mean[...]), RunningStatistic(norm.var[...])
         return norm
 
-    def head(self, inputs: int, outputs: int) -> nnx.Linear:
-        """The classifier. It computes in ``param_dtype``: a loss of rounded logits would be rounded itself."""
-        return nnx.Linear(inputs, outputs, dtype=self.param_dtype, param_dtype=self.param_dtype, rngs=self.rngs)
+    def head(self, inputs: int, outputs: int, **options: Any) -> nnx.Linear:
+        """The classifier. It computes in float32: a loss of rounded logits would be rounded itself."""
+        return nnx.Linear(inputs, outputs, dtype=jnp.float32, rngs=self.rngs, **options)
