@@ -118,7 +118,7 @@ class Benchmark:
     """The cost of one step. Run it with `python -m experiments benchmark`."""
 
     model: str = "convnet"
-    """convnet, or a network of experiments.models, such as resnet18 or vit_ti4."""
+    """A network of experiments.models, such as convnet, resnet18 or vit_ti4."""
     width: Count | None = None
     """Channels of the first convolution, or features of a token; the network's own by default, 32 of the ConvNet."""
     batch_size: Count = 64

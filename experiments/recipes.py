@@ -82,7 +82,7 @@ class Recipe:
     dataset: Literal["cifar10", "cifar100", "fashion_mnist", "digits", "imagenet2012"]
     """digits ships inside scikit-learn; the others are prepared by TFDS."""
     model: str
-    """A network of experiments.models, or convnet."""
+    """A network of experiments.models."""
     epochs: Count
     batch_size: Count
     """Images in a step, on all devices together."""

@@ -11,7 +11,6 @@ from flax import nnx
 import crsam_jax
 from experiments import models
 from experiments.configs import Benchmark
-from experiments.models.convnet import ConvNet
 
 LossFn = Callable[..., tuple[jax.Array, Any]]
 """``(params, model_state, images, labels) -> loss, new model state``."""
@@ -106,9 +105,5 @@ def batch(config: Benchmark) -> dict[str, jax.Array]:
 
 def _network(config: Benchmark) -> nnx.Module:
     options = {} if config.width is None else {"width": config.width}
-    if config.model == "convnet":
-        if config.dtype != "float32":
-            raise ValueError("The ConvNet computes in float32 alone; take another --model for --dtype bfloat16.")
-        return ConvNet(3, _CLASSES, **({"width": 32} | options), rngs=nnx.Rngs(0))
     shape = (config.image_size, config.image_size, 3)
     return models.build(config.model, _CLASSES, shape, nnx.Rngs(0), jnp.dtype(config.dtype), **options)

@@ -67,7 +67,7 @@ def build(
             raise ValueError(f"{name} has no option {option!r}, it has {', '.join(known)}: see model_options.")
     if architecture is ConvNet:
         if (dtype := jnp.dtype(dtype)) != jnp.float32:
-            raise ValueError(f"The convnet computes in float32 alone: take another network for --dtype {dtype}.")
+            raise ValueError(f"The ConvNet computes in float32 alone: take another network for --dtype {dtype}.")
         return ConvNet(image_shape[-1], num_classes, **changes, rngs=rngs)
     if architecture is ResNet:
         is_large = max(image_shape[:2]) > _SMALL_IMAGE
