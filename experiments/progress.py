@@ -52,10 +52,8 @@ class Bar:
 
     def __init__(self, console: Console, total: int, completed: int = 0, unit: str = "steps", text: str = "compiling"):
         whole, bar = Column(no_wrap=True), BarColumn(40 if console.width >= 120 else 10)
-        texts = (TextColumn(text, table_column=whole.copy()) for text in (unit, "ETA"))
-        columns = (
-            _Parts(), bar, MofNCompleteColumn(table_column=whole), *texts, TimeRemainingColumn(table_column=whole.copy()),
-        )  # fmt: skip
+        count, left = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)
+        columns = _Parts(), bar, count, TextColumn(unit), TextColumn("ETA"), left  # a text is whole of its own
         is_shown = console.is_terminal and not console.quiet and completed < total
         self._progress = Progress(*columns, console=console, disable=not is_shown)
         self._task = self._progress.add_task("", total=total, completed=completed, parts=(text,))
