@@ -54,13 +54,8 @@ class EpochRow(NamedTuple):
 class Log:
     """Opens the files of a run for writing after a step; rows of later steps, of a run cut off, are dropped.
 
-    Args:
-      folder: of the run.
-      step: where training goes on.
-      has_steps: whether steps are written down too, and events.
-      wandb: a project of Weights & Biases to write to as well.
-      config: of the run, for it.
-      is_writer: ``False`` on all processes but one: nothing is written.
+    With ``has_steps`` steps are written down too, and events; ``wandb`` is a project of Weights & Biases to write to as
+    well, with ``config``. All processes but one are no writer, and write nothing.
 
     Raises:
       ImportError: if ``wandb`` is asked for and not installed.

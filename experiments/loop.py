@@ -87,7 +87,7 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
 
 
 def _is_every(count: int | None, step: int) -> bool:
-    return bool(count) and step % count == 0
+    return count is not None and count > 0 and step % count == 0
 
 
 def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
