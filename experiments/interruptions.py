@@ -5,19 +5,20 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from typing import Any
+
+_BOTH = signal.SIGINT, signal.SIGTERM
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
     """Keeps both for later, here, and for good in processes that are started meanwhile."""
     resource_tracker.ensure_running()  # which else the first of these processes starts, and then lets Ctrl-C through
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
-    try:
+    with _masked(signal.SIG_BLOCK):
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @contextlib.contextmanager
@@ -29,13 +30,54 @@ def raised() -> Iterator[None]:
             process.terminate()
         raise SystemExit(128 + number)
 
-    handlers = {signal.SIGINT: signal.default_int_handler, signal.SIGTERM: terminate}
-    before = {kind: signal.signal(kind, handler) for kind, handler in handlers.items()}
+    with _handled(signal.default_int_handler, terminate):
+        yield
+
+
+@contextlib.contextmanager
+def collected() -> Iterator[list[int]]:
+    """Collects the first of them in a list, or one that was held back before; the second acts as ever.
+
+    What comes within a second of the first is the same one, sent to this process and passed on to it.
+    """
+    found: list[int] = []
+    heard = 0.0
+
+    def catch(number: int, frame: object) -> None:
+        nonlocal heard
+        if not found:
+            found.append(number)
+            heard = time.monotonic()
+        elif time.monotonic() - heard > 1:
+            restore()
+            signal.raise_signal(number)
+
+    with _handled(catch, catch) as restore, _masked(signal.SIG_UNBLOCK):
+        yield found
+
+
+@contextlib.contextmanager
+def _handled(*handlers: Any) -> Iterator[Callable[[], None]]:
+    """Has Ctrl-C and SIGTERM handled by these two, until the end or a call of what it gives."""
+    before = {kind: signal.signal(kind, handler) for kind, handler in zip(_BOTH, handlers, strict=True)}
+
+    def restore() -> None:
+        for kind, handler in before.items():
+            signal.signal(kind, handler)
+
+    try:
+        yield restore
+    finally:
+        restore()
+
+
+@contextlib.contextmanager
+def _masked(how: int) -> Iterator[None]:
+    mask = signal.pthread_sigmask(how, _BOTH)
     try:
         yield
     finally:
-        for kind, old in before.items():
-            signal.signal(kind, old)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def end_with_parent() -> None:

@@ -18,7 +18,6 @@ from experiments.inputs import Batch, Signature
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error (Guo et al. 2017)."""
-
 PROBE_RHO = 0.05
 """Distance at which curvature is measured after an epoch, the same for all methods."""
 
@@ -47,13 +46,7 @@ class Judge(NamedTuple):
 
 
 def make_judge(logits_of: Callable[[Any, Any, jax.Array], jax.Array], signature: Signature, mesh: Mesh) -> Judge:
-    """Builds the functions that judge a network.
-
-    Args:
-      logits_of: the network in evaluation mode, ``(params, model_state, images) -> logits``.
-      signature: of its data.
-      mesh: the devices; results are on all of them.
-    """
+    """Builds the functions that judge a network, ``(params, model_state, images) -> logits`` in evaluation mode."""
     everywhere = NamedSharding(mesh, P())
 
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
@@ -61,14 +54,12 @@ def make_judge(logits_of: Callable[[Any, Any, jax.Array], jax.Array], signature:
 
     @partial(jax.jit, out_shardings=everywhere)
     def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:
-        images, labels = batch
-        answers = logits(params, model_state, images)
-        return _sums(answers if classes is None else jnp.where(classes, answers, -jnp.inf), labels)
+        answers = logits(params, model_state, batch[0])
+        return _sums(answers if classes is None else jnp.where(classes, answers, -jnp.inf), batch[1])
 
     def loss(params: Any, model_state: Any, batch: Batch) -> jax.Array:
-        images, labels = batch
-        losses = optax.softmax_cross_entropy_with_integer_labels(logits(params, model_state, images), labels)
-        return jnp.mean(losses)
+        answers = logits(params, model_state, batch[0])
+        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(answers, batch[1]))
 
     @partial(jax.jit, out_shardings=everywhere)
     def probe(params: Any, model_state: Any, batch: Batch) -> tuple[jax.Array, jax.Array]:
@@ -93,8 +84,7 @@ def _sums(logits: jax.Array, labels: jax.Array) -> jax.Array:
     """What ``Judge.evaluate`` returns, in one array; examples of the label −1 do not count."""
     is_real = labels >= 0
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.where(is_real, labels, 0))
-    confidence, is_right = jnp.max(jax.nn.softmax(logits), -1), jnp.argmax(logits, -1) == labels
-    columns = jnp.stack([jnp.where(is_real, losses, 0), is_right & is_real, is_real])
-    in_bins = jnp.stack([jnp.where(is_real, confidence, 0), is_right & is_real, is_real])
+    confidence, is_right = jnp.max(jax.nn.softmax(logits), -1), is_real & (jnp.argmax(logits, -1) == labels)
+    columns, in_bins = (jnp.stack([jnp.where(is_real, x, 0), is_right, is_real]) for x in (losses, confidence))
     bins = jnp.zeros((3, BINS)).at[:, jnp.minimum((confidence * BINS).astype(jnp.int32), BINS - 1)].add(in_bins)
     return jnp.concatenate([jnp.sum(columns, axis=1), bins.ravel()])

@@ -1,12 +1,14 @@
 """What a training run writes down: epochs as CSV, steps as JSON lines, both as events for TensorBoard and W&B."""
 
 import json
-from contextlib import ExitStack, closing
+import time
 from pathlib import Path
-from types import TracebackType
 from typing import Any, NamedTuple, Self
 
 import optax
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.summary import Summary
 
 from experiments import tables
 
@@ -52,13 +54,8 @@ class EpochRow(NamedTuple):
 class Log:
     """Opens the files of a run for writing after a step; rows of later steps, of a run cut off, are dropped.
 
-    Args:
-      folder: of the run.
-      step: where training goes on.
-      has_steps: whether steps are written down too, and events.
-      wandb: a project of Weights & Biases to write to as well.
-      config: of the run, for it.
-      is_writer: ``False`` on all processes but one: nothing is written.
+    With ``has_steps`` steps are written down too, and events; ``wandb`` is a project of Weights & Biases to write to as
+    well, with ``config``. All processes but one are no writer, and write nothing.
 
     Raises:
       ImportError: if ``wandb`` is asked for and not installed.
@@ -68,20 +65,19 @@ class Log:
         self, folder: Path, step: int, has_steps: bool = True, wandb: str | None = None, config: Any = None,
         is_writer: bool = True,
     ):  # fmt: skip
-        self._is_writer, self._has_steps, self._stack = is_writer, has_steps and is_writer, ExitStack()
-        self._epochs, self._wandb = folder / "metrics.csv", None
+        self._is_writer, self._has_steps = is_writer, has_steps and is_writer
+        self._path, self._wandb = folder / "metrics.csv", None
         if not is_writer:
             return
-        rows = [row for row in read_epochs(self._epochs) if row.step <= step] if step else []
-        tables.write(self._epochs, rows) if rows else tables.replace(self._epochs, "")
+        rows = [row for row in read_epochs(self._path) if row.step <= step] if step else []
+        tables.write(self._path, rows) if rows else tables.replace(self._path, "")
         if self._has_steps:
-            from experiments.events import Events
-
-            steps = folder / "steps.jsonl"
-            lines = [line for line in read_steps(steps) if line["step"] <= step] if step else []
-            tables.replace(steps, "".join(json.dumps(line) + "\n" for line in lines))
-            self._steps = self._stack.enter_context(steps.open("a"))
-            self._events = self._stack.enter_context(closing(Events(folder, step + 1)))
+            path = folder / "steps.jsonl"
+            lines = [line for line in read_steps(path) if line["step"] <= step] if step else []
+            tables.replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+            self._steps, self._events = path.open("a"), EventsWriter(str(folder / "events"))
+            # What earlier files have of later steps does not count for TensorBoard.
+            self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
         if wandb is not None:
             self._wandb = _start_wandb(wandb, folder, config)
 
@@ -95,23 +91,29 @@ class Log:
     def epoch(self, row: EpochRow) -> None:
         """Writes down an epoch."""
         if self._is_writer:
-            tables.append(self._epochs, [row])
+            tables.append(self._path, [row])
             self._add("epoch", row._asdict(), row.step)
 
     def _add(self, group: str, values: dict[str, Any], step: int) -> None:
         known = {f"{group}/{name}": value for name, value in values.items() if name != "step" and value is not None}
         if self._has_steps:
-            self._events.add(known, step)
+            scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
+            self._write_event(step, summary=Summary(value=scalars))
+            self._events.flush()
         if self._wandb is not None:
             self._wandb.log(known, step=step)
+
+    def _write_event(self, step: int, **what: Any) -> None:
+        """Here and now, not in the background: an error of the disk reaches who adds it."""
+        self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        self._stack.close()
+    def __exit__(self, kind: Any, *error: object) -> None:
+        if self._has_steps:
+            with self._steps:  # closed whatever the events' file says
+                self._events.close()
         if self._wandb is not None:
             self._wandb.finish(exit_code=int(kind is not None))
 

@@ -2,26 +2,14 @@
 
 from typing import Any
 
-import jax
-
-import crsam_jax
-
-MESSAGE = (
-    "Warning: in {mismatched} of {steps} steps the gradient did not fit the losses at the probes. Likely causes: it "
-    "is scaled, clipped or of other data; the method stands behind another transformation; or rho is far too large."
-)
+import optax
 
 
 class Watch:
-    """Compares the counts of mismatched steps from epoch to epoch; steps that a policy skips do not count.
-
-    Args:
-      opt_state: where training starts or goes on.
-    """
+    """Compares the counts of mismatched steps from epoch to epoch; steps that a policy skips do not count."""
 
     def __init__(self, opt_state: Any):
-        self._before = _counts(opt_state)
-        self._has_warned = False
+        self._before, self._has_warned = _counts(opt_state), False
 
     def warning(self, opt_state: Any) -> str | None:
         """What to say after an epoch; None where all is well, and after the first warning."""
@@ -31,16 +19,16 @@ class Watch:
         if self._has_warned or 2 * mismatched <= steps:
             return None
         self._has_warned = True
-        return MESSAGE.format(mismatched=mismatched, steps=steps)
+        return (
+            f"Warning: in {mismatched} of {steps} steps the gradient did not fit the losses at the probes. Likely "
+            "causes: it is scaled, clipped or of other data; the method stands behind another transformation; or rho "
+            "is far too large."
+        )
 
 
 def _counts(opt_state: Any) -> tuple[int, int]:
     """Full steps so far, and mismatched ones; zeros for the base optimizer, and for methods that cannot tell."""
-
-    def is_member(node: Any) -> bool:
-        return isinstance(node, crsam_jax.SharpnessAwareState)
-
-    for node in jax.tree.leaves(opt_state, is_leaf=is_member):
-        if is_member(node) and hasattr(node.diagnostics, "mismatched_steps"):
-            return int(node.count), int(node.diagnostics.mismatched_steps)
+    for _, state in optax.tree.get_all_with_path(opt_state, "SharpnessAwareState"):
+        if hasattr(state.diagnostics, "mismatched_steps"):
+            return int(state.count), int(state.diagnostics.mismatched_steps)
     return 0, 0

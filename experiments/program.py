@@ -83,20 +83,13 @@ class Program(NamedTuple):
 def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     """Builds network, loss, optimizer and step of a recipe; recipes that differ in numbers alone share them.
 
-    Args:
-      recipe: the run.
-      signature: of its data.
-      mesh: one axis, ``"data"``; the state is on every device, a batch is divided among them.
-
-    Returns:
-      The program.
+    The state is on every device of the mesh; a batch is divided among them, along its one axis, ``"data"``.
 
     Raises:
       ValueError: for a number outside of its range.
     """
     numbers = {name: value for name, value in flat(recipe).items() if name in TRACED and value is not None}
-    alike = changed(recipe, dict.fromkeys(numbers, 0.0))
-    alike = dataclasses.replace(alike, seed=0, label_noise=0.0, per_method={})
+    alike = dataclasses.replace(changed(recipe, dict.fromkeys(numbers, 0.0)), seed=0, label_noise=0.0, per_method={})
     program = _program(json.dumps(dataclasses.asdict(alike)), signature, mesh)
     optimizer(recipe, program.loss_fn, signature.steps_per_epoch)  # checks the numbers, which are traced in the step
     if recipe.batch_size % (mesh.size * recipe.accumulate * method_of(recipe).part):
@@ -110,15 +103,13 @@ def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
 @functools.lru_cache(maxsize=32)  # on CPU a step of many kernels takes 150 MB and 1,200 of a process's 65,530 mappings
 def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
     recipe = from_settings(flat(json.loads(settings)))
-    everywhere = NamedSharding(mesh, P())
+    part, everywhere = method_of(recipe).part, NamedSharding(mesh, P())
     alike = Recipe(
         recipe.dataset, recipe.model, 1, 1, 0.0, 0.0, model_options=recipe.model_options, dtype=recipe.dtype,
         batch_norm=recipe.batch_norm, accumulate=recipe.accumulate,
     )  # fmt: skip
     network, judge = _judged_network(json.dumps(dataclasses.asdict(alike)), signature, mesh)
     on_device = "none" if recipe.dataset == "imagenet2012" else recipe.augmentation  # ImageNet's is the pipeline's
-
-    part = method_of(recipe).part
 
     def optimizer_of(numbers: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
         return optimizer(changed(recipe, numbers), network.loss_fn, signature.steps_per_epoch)
@@ -147,29 +138,24 @@ def _program(settings: str, signature: Signature, mesh: Mesh) -> Program:
         # Of a batch that is divided among devices, every device has its share of the part.
         ascended = inputs | {"images": images[::part], "labels": labels[::part]}
         (loss, (model_state, correct)), grads = grad_fn(state.params, **ascended)
-        updates, opt_state = optimizer_of(state.numbers).update(
-            grads, state.opt_state, state.params, loss=loss, **inputs
-        )
+        tx = optimizer_of(state.numbers)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params, loss=loss, **inputs)
         params = optax.apply_updates(state.params, updates)
+        average = state.average
+        if average is not None:
+            _, average = optax.ema(state.numbers["ema"]).update((unshifted(opt_state, params), model_state), average)
         is_first = state.step % signature.steps_per_epoch == 0
         return state._replace(
-            step=state.step + 1,
-            params=params,
-            model_state=model_state,
-            opt_state=opt_state,
-            average=_averaged(state, (unshifted(opt_state, params), model_state)),
-            loss=loss,
-            loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
+            step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, average=average,
+            loss=loss, loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
             correct=jnp.where(is_first, 0, state.correct) + part * correct,
             bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step),
-        )
-
-    schedule = learning_rate(recipe, signature.steps_per_epoch)
+        )  # fmt: skip
 
     def weights(state: State) -> Any:
         return unshifted(state.opt_state, state.params)
 
-    return Program(init, step, weights, network.loss_fn, judge, schedule)
+    return Program(init, step, weights, network.loss_fn, judge, learning_rate(recipe, signature.steps_per_epoch))
 
 
 @functools.lru_cache(maxsize=32)
@@ -190,10 +176,3 @@ def averaged(state: State) -> tuple[Any, Any]:
         raise ValueError("This run has no averaged weights: train it with --ema.")
     mean = optax.tree.bias_correction(state.average.ema, state.numbers["ema"], state.average.count)
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), mean, (state.params, state.model_state))
-
-
-def _averaged(state: State, new: tuple[Any, Any]) -> optax.EmaState | None:
-    if state.average is None:
-        return None
-    _, average = optax.ema(state.numbers["ema"]).update(new, state.average)
-    return average

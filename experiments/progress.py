@@ -1,8 +1,9 @@
 """What a person sees of the work: rates and a bar."""
 
+import contextlib
+import dataclasses
 import time
 from collections.abc import Collection, Iterator
-from types import TracebackType
 from typing import Self, TypeVar
 
 from rich.console import Console, ConsoleOptions, RenderResult
@@ -22,14 +23,15 @@ class Clock:
 
     def restart(self) -> None:
         """Begins anew, now."""
-        self._start = time.perf_counter()
-        self._waiting = 0.0
-        self._steps = 0
+        self._start, self._waiting, self._steps = time.perf_counter(), 0.0, 0
 
-    def count(self, waiting: float) -> None:
-        """One more step, whose input took so many seconds."""
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """One more step, whose input comes inside."""
+        begin = time.perf_counter()
+        yield
+        self._waiting += time.perf_counter() - begin
         self._steps += 1
-        self._waiting += waiting
 
     @property
     def steps_per_second(self) -> float:
@@ -46,22 +48,12 @@ class Bar:
     """A progress bar with a count and the time that is left, whole on every terminal, and as much text as fits.
 
     Without a terminal there is no bar, and only what is printed remains.
-
-    Args:
-      console: where to.
-      total: of what is counted.
-      completed: how much of it there is already.
-      unit: what it is called.
-      text: beside it at first.
     """
 
     def __init__(self, console: Console, total: int, completed: int = 0, unit: str = "steps", text: str = "compiling"):
-        is_wide = console.width >= 120
-        columns = (
-            _Parts(), BarColumn(40 if is_wide else 10), MofNCompleteColumn(table_column=_whole()),
-            TextColumn(unit, table_column=_whole()), TextColumn("ETA", table_column=_whole()),
-            TimeRemainingColumn(table_column=_whole()),
-        )  # fmt: skip
+        whole, bar = Column(no_wrap=True), BarColumn(40 if console.width >= 120 else 10)
+        count, left = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)
+        columns = _Parts(), bar, count, TextColumn(unit), TextColumn("ETA"), left  # a text is whole of its own
         is_shown = console.is_terminal and not console.quiet and completed < total
         self._progress = Progress(*columns, console=console, disable=not is_shown)
         self._task = self._progress.add_task("", total=total, completed=completed, parts=(text,))
@@ -82,9 +74,7 @@ class Bar:
         self._progress.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._progress.stop()
 
 
@@ -97,30 +87,25 @@ def track(items: Collection[Item], text: str, unit: str) -> Iterator[Item]:
 
 
 class _Parts(ProgressColumn):
-    """The text of a bar; of all its columns the only one that gives way."""
+    """The text of a bar, as much of it as fits; of all its columns the only one that gives way."""
 
     def __init__(self) -> None:
-        super().__init__(table_column=Column(no_wrap=False))
+        super().__init__(Column(no_wrap=False))
 
     def render(self, task: Task) -> "_Fitting":
         return _Fitting(task.fields["parts"])
 
 
+@dataclasses.dataclass(frozen=True)
 class _Fitting:
     """As many parts of a text as fit into one line."""
 
-    def __init__(self, parts: tuple[str, ...]):
-        self._parts = parts
+    parts: tuple[str, ...]
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        count = len(self._parts)
-        while count > 1 and len("  ".join(self._parts[:count])) > options.max_width:
-            count -= 1
-        yield Text("  ".join(self._parts[:count]), no_wrap=True, overflow="ellipsis")
+        lines = ["  ".join(self.parts[:count]) for count in range(len(self.parts), 0, -1)]
+        fitting = next((line for line in lines if len(line) <= options.max_width), lines[-1])
+        yield Text(fitting, no_wrap=True, overflow="ellipsis")
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
-        return Measurement(1, max(1, len("  ".join(self._parts))))
-
-
-def _whole() -> Column:
-    return Column(no_wrap=True)
+        return Measurement(1, max(1, len("  ".join(self.parts))))

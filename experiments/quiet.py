@@ -3,10 +3,6 @@
 import logging
 import sys
 import warnings
-from types import TracebackType
-from typing import Any
-
-_TOLD = "Event loop is closed"  # by the first error, so that all others find it closed
 
 
 def quiet_libraries() -> None:
@@ -20,14 +16,11 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", "coroutine '.*' was never awaited", RuntimeWarning)  # after the first error
     # What data workers leave in shared memory is freed by a process of its own, which reads its filters from here.
     sys.warnoptions.append("ignore:resource_tracker:UserWarning")
-    sys.excepthook, sys.unraisablehook = _show, _show_unraisable
+    sys.excepthook = lambda kind, error, traceback: (
+        None if _is_told(error) else sys.__excepthook__(kind, error, traceback)
+    )
+    sys.unraisablehook = lambda raised: None if _is_told(raised.exc_value) else sys.__unraisablehook__(raised)
 
 
-def _show(kind: type[BaseException], error: BaseException, traceback: TracebackType | None) -> None:
-    if str(error) != _TOLD:
-        sys.__excepthook__(kind, error, traceback)
-
-
-def _show_unraisable(unraisable: Any) -> None:
-    if str(unraisable.exc_value) != _TOLD:
-        sys.__unraisablehook__(unraisable)
+def _is_told(error: BaseException | None) -> bool:
+    return str(error) == "Event loop is closed"  # by the first error, so that all others find it closed

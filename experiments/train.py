@@ -23,11 +23,6 @@ from experiments.recipes import Recipe
 from experiments.resume import resume
 
 
-def folder_of(name: str, recipe: Recipe, out: Path | None = None) -> Path:
-    """Where a run's results go: ``out``, or a folder under results/."""
-    return out or Path("results") / name / f"{recipe.method}-{recipe.augmentation}-seed{recipe.seed}"
-
-
 def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
     """Trains one network, or goes on with it: after any interruption the same call continues.
 
@@ -51,7 +46,7 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
       SystemExit: after SIGTERM or Ctrl-C, once a checkpoint is written.
     """
     ranges.check(recipe, run)
-    folder = folder_of(name, recipe, run.out)
+    folder = run.out or Path("results") / name / f"{recipe.method}-{recipe.augmentation}-seed{recipe.seed}"
     try:
         return _train(name, recipe, run, folder, quiet)
     except OSError as error:
@@ -63,7 +58,7 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
 def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Path:
     mesh = scale.start(run)
     is_first = jax.process_index() == 0
-    console = Console(quiet=quiet or not is_first)
+    console = Console(quiet=quiet or not is_first, soft_wrap=True, highlight=False)
     runs.check_free(recipe, folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
@@ -82,17 +77,16 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
             state, position = resume(checkpoints, state)
             if position is not None:
                 inputs.restore(position)
-        config = dataclasses.asdict(recipe)
-        log = stack.enter_context(Log(folder, int(state.step), run.log_steps > 0, run.wandb, config, is_first))
         first, total = int(state.step), recipe.epochs * steps
+        config = dataclasses.asdict(recipe)
+        log = stack.enter_context(Log(folder, first, run.log_steps > 0, run.wandb, config, is_first))
         what = f"from step {first} to {total}" if first < total else f"complete, {total} steps"
-        console.print(f"{name}, {recipe.method}: {what}, in {folder}", soft_wrap=True, highlight=False)
+        console.print(f"{name}, {recipe.method}: {what}, in {folder}")
         state, stop = run_steps(Training(recipe, run, inputs, program, checkpoints, log, console), state)
     if stop:
-        saved = (
-            f"saved step {int(state.step)}. The same command goes on from there." if run.keep else "nothing is saved."
-        )
-        console.print(f"{signal.Signals(stop).name}: {saved}", soft_wrap=True, highlight=False)
+        step = int(state.step)
+        saved = f"saved step {step}. The same command goes on from there." if run.keep else "nothing is saved."
+        console.print(f"{signal.Signals(stop).name}: {saved}")
         sys.exit(128 + stop)
     return folder
 
