@@ -41,3 +41,10 @@ def test_no_placeholder_is_left():
     pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
     left = [page.name for page in pages for line in page.read_text().splitlines() if re.fullmatch("[A-Z_]{4,}", line)]
     assert not left
+
+
+def test_the_rooms_of_the_experiments_are_where_the_guide_says():
+    guide = (ROOT / "docs" / "experiments.md").read_text().partition("## Where things are")[2]
+    named = re.findall(r"`([\w/]+(?:/|\.py))`", guide)
+    assert len(named) > 15
+    assert not [name for name in named if not (ROOT / "experiments" / name.removeprefix("experiments/")).exists()]
