@@ -7,7 +7,7 @@ from pathlib import Path
 from experiments import arms, jobs, ranges, runs
 from experiments.configs import Compare, Run
 from experiments.jobs import Job
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import Changes
 from experiments.recipes import Recipe
 from experiments.summary import write_summary

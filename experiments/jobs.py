@@ -20,7 +20,7 @@ from experiments.configs import Run
 from experiments.inputs import signature_of
 from experiments.interruptions import end_with_parent, held_back, raised
 from experiments.logs import EpochRow, read_epochs
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import flat
 from experiments.progress import Bar
 from experiments.quiet import quiet_libraries

@@ -11,7 +11,7 @@ from scipy.stats import qmc
 from experiments import arms, jobs, plots, ranges, runs, tables
 from experiments.configs import Run, Tune
 from experiments.jobs import Job
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import Changes, changed, flat
 from experiments.recipes import Recipe
 from experiments.tables import mean_and_deviation

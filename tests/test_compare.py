@@ -21,7 +21,7 @@ from experiments.inputs import load
 from experiments.intervals import paired, seeds_needed
 from experiments.jobs import Job, Result
 from experiments.logs import read_epochs
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
