@@ -32,13 +32,10 @@ def read(name: str) -> Arm:
 
 
 def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
-    """The recipe of one run.
+    """The recipe of one run; an unknown method or setting is a ValueError.
 
     Settings count in this order: the recipe's; those that it has for this arm, or else for its method, or else for
     the method's parent; ``changes``, what was asked for explicitly; the arm's own.
-
-    Raises:
-      ValueError: for an unknown method or setting.
     """
     arm = read(name)
     keys = name, arm.method, method_of(dataclasses.replace(recipe, method=arm.method)).family
@@ -50,9 +47,9 @@ def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
 def label(recipe: Recipe, name: str) -> str:
     """What an arm is called in tables and plots."""
     arm = read(name)
-    parts = [method_of(dataclasses.replace(recipe, method=arm.method)).label]
-    parts += [f"{arm.times:g}× epochs"] * (arm.times != 1)
-    return ", ".join(parts + [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()])
+    times = [f"{arm.times:g}× epochs"] if arm.times != 1 else []
+    settings = [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()]
+    return ", ".join([method_of(dataclasses.replace(recipe, method=arm.method)).label, *times, *settings])
 
 
 def folder_name(name: str, seed: int) -> str:

@@ -46,10 +46,9 @@ def ranges_of(kind: Any) -> dict[str, Range]:
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             found |= {f"{name}.{inner}": allowed for inner, allowed in ranges_of(hint).items()}
-        for option in (hint, *typing.get_args(hint)):  # of a number, or of a number or None
-            for note in getattr(option, "__metadata__", ()):
-                if isinstance(note, Range):
-                    found[name] = note
+        options = (hint, *typing.get_args(hint))  # of a number, or of a number or None
+        notes = [note for option in options for note in getattr(option, "__metadata__", ())]
+        found.update((name, note) for note in notes if isinstance(note, Range))
     return found
 
 
