@@ -17,6 +17,7 @@ from experiments.recipes import Recipe
 
 LossFn = Callable[..., Any]
 Transform = optax.GradientTransformation
+Policy = Callable[[Transform], Transform]
 
 
 class Method(NamedTuple):
@@ -41,44 +42,38 @@ class Method(NamedTuple):
     """The ascent, and with it the loss that is logged, is that of every ``part``-th example of a batch."""
 
 
+_always: Policy = lambda tx: tx
+_every_2, _look_5 = partial(cj.periodic, k=2), partial(cj.look, k=5)
+
+
 def _sam(
-    label: str, evaluations: float = 2, make: Callable[..., Transform] = cj.sam,
-    policy: Callable[[Transform], Transform] = lambda tx: tx, **options: Any,
-) -> Method:  # fmt: skip
+    label: str, evaluations: float = 2, make: Callable[..., Transform] = cj.sam, policy: Policy = _always, **options: Any
+) -> Method:
     """A one-sided method at SAM's radius."""
     stage = lambda loss_fn, recipe: policy(make(loss_fn, recipe.sam.rho, has_aux=True, **options))
     return Method(label, "sam", evaluations, ("sam.rho",), stage)
 
 
-def _crsam(
-    label: str, evaluations: float = 3, policy: Callable[[Transform], Transform] = lambda tx: tx, **changes: Any
-) -> Method:
+def _crsam(label: str, evaluations: float = 3, policy: Policy = _always, **changes: Any) -> Method:
     """CR-SAM, with some of its settings changed."""
 
     def stage(loss_fn: LossFn, recipe: Recipe) -> Transform:
-        c = recipe.crsam
-        options = {
-            "penalty": c.penalty, "offset": c.offset, "max_penalty_ratio": c.max_penalty_ratio,
-            "execution": cj.Execution(c.strategy),
-        } | changes  # fmt: skip
-        return policy(cj.crsam(loss_fn, c.rho, c.alpha, c.beta, has_aux=True, **options))
+        options = vars(recipe.crsam) | changes
+        execution = cj.Execution(options.pop("strategy"))
+        return policy(cj.crsam(loss_fn, execution=execution, has_aux=True, **options))
 
     return Method(label, "crsam", evaluations, ("crsam.rho", "crsam.alpha", "crsam.beta"), stage)
 
 
-_every_2, _look_5 = partial(cj.periodic, k=2), partial(cj.look, k=5)
-
 METHODS: dict[str, Method] = {
-    "base": Method("base", "base", 1, (), around=lambda loss_fn, recipe, base, schedule: base),
+    "base": Method("base", "base", 1, (), around=lambda f, r, base, schedule: base),
     "sam": _sam("SAM"),
-    "asam": Method(
-        "ASAM", "sam", 2, ("asam.rho",), lambda f, recipe: cj.asam(f, recipe.asam.rho, recipe.asam.eta, has_aux=True)
-    ),
+    "asam": Method("ASAM", "sam", 2, ("asam.rho",), lambda f, r: cj.asam(f, **vars(r.asam), has_aux=True)),
     "rsam": _sam("R-SAM", 3, cj.rsam),
     "wsam": _sam("WSAM, coupled", 2, cj.wsam),
     "decoupled-wsam": Method(
         "WSAM, decoupled", "sam", 2, ("sam.rho",),
-        around=lambda f, recipe, base, schedule: cj.decoupled_wsam(f, base, schedule, recipe.sam.rho, has_aux=True),
+        around=lambda f, r, base, schedule: cj.decoupled_wsam(f, base, schedule, r.sam.rho, has_aux=True),
     ),
     "gsam": _sam("GSAM", 2, cj.gsam),
     "gradient-norm": _sam("gradient-norm penalty", 2, cj.gradient_norm_penalty),
@@ -93,11 +88,11 @@ METHODS: dict[str, Method] = {
     "sam-late": _sam("late SAM")._replace(is_late=True),
     "msam": Method(
         "MSAM", "sam", 1, ("msam.rho",), is_shifted=True,
-        around=lambda f, recipe, base, schedule: cj.msam(base, recipe.msam.rho, recipe.momentum),
+        around=lambda f, r, base, schedule: cj.msam(base, r.msam.rho, r.momentum),
     ),
     "s2sam": Method(
         "S²-SAM", "sam", 1, ("s2sam.rho",), is_shifted=True,
-        around=lambda f, recipe, base, schedule: cj.s2sam(base, recipe.s2sam.rho),
+        around=lambda f, r, base, schedule: cj.s2sam(base, r.s2sam.rho),
     ),
     "crsam": _crsam("CR-SAM"),
     "crsam-late": _crsam("late CR-SAM")._replace(is_late=True),

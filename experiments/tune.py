@@ -105,10 +105,8 @@ def sample(space: Mapping[str, tuple[float, float]], count: int) -> list[dict[st
     """The first points of a scrambled Sobol sequence on the logarithms of the ranges, to three digits."""
     low, high = np.log(list(space.values())).T
     unit = qmc.Sobol(len(space), seed=0).random_base2(max(count - 1, 0).bit_length())[:count]
-    return [
-        {key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)}
-        for point in np.exp(low + unit * (high - low))
-    ]
+    points = np.exp(low + unit * (high - low))
+    return [{key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)} for point in points]
 
 
 def _jobs(arm: str, recipe: Recipe, seeds: int, folder: Path) -> list[Job]:
