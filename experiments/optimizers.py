@@ -47,10 +47,10 @@ _every_2, _look_5 = partial(cj.periodic, k=2), partial(cj.look, k=5)
 
 
 def _sam(
-    label: str, evaluations: float = 2, make: Callable[..., Transform] = cj.sam, policy: Policy = _always, **options: Any
+    label: str, evaluations: float = 2, make: Callable[..., Transform] = cj.sam, policy: Policy = _always, **kwargs: Any
 ) -> Method:
     """A one-sided method at SAM's radius."""
-    stage = lambda loss_fn, recipe: policy(make(loss_fn, recipe.sam.rho, has_aux=True, **options))
+    stage = lambda loss_fn, recipe: policy(make(loss_fn, recipe.sam.rho, has_aux=True, **kwargs))
     return Method(label, "sam", evaluations, ("sam.rho",), stage)
 
 
@@ -108,11 +108,7 @@ METHODS: dict[str, Method] = {
 
 
 def method_of(recipe: Recipe) -> Method:
-    """The method that a recipe names.
-
-    Raises:
-      ValueError: if there is none, with the close names.
-    """
+    """The method that a recipe names; if there is none, a ValueError has the close ones."""
     if recipe.method not in METHODS:
         raise unknown("method", recipe.method, METHODS)
     method = METHODS[recipe.method]
@@ -122,11 +118,7 @@ def method_of(recipe: Recipe) -> Method:
 
 
 def learning_rate(recipe: Recipe, steps_per_epoch: int) -> optax.Schedule:
-    """Linear warm-up; then half a cosine to zero at the last step, or the peak. The peak may be traced.
-
-    Raises:
-      ValueError: if the warm-up leaves no step.
-    """
+    """Linear warm-up; then half a cosine to zero at the last step, or the peak. The peak may be traced."""
     steps = recipe.epochs * steps_per_epoch
     warmup = round(recipe.warmup_epochs * steps_per_epoch)
     if not 0 <= warmup < steps:

@@ -19,10 +19,7 @@ Changes = Mapping[str, Any]
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with some settings changed.
-
-    Raises:
-      ValueError: for a name that does not exist, with the close ones, or a value of another type.
+    """The recipe with some settings changed; an unknown name is a ValueError, and so is a value of another type.
 
     Example:
       >>> changed(recipes.get("digits"), {"crsam.rho": 0.3, "model_options.width": 8}).model_options

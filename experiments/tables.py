@@ -18,11 +18,7 @@ Row = TypeVar("Row")
 
 
 def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
-    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count.
-
-    Raises:
-      ValueError: if the file holds anything else.
-    """
+    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count."""
     if not path.exists():
         return []
     text = path.read_text(errors="replace")
