@@ -30,17 +30,8 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     """Tries settings of each arm and writes down all of them, and the recipe with the best, which can be trained.
 
     The best has the highest mean accuracy over the seeds on the validation data; the test data is not read. Trials
-    that are complete are read, so that a search goes on where it was, or with more trials.
-
-    Args:
-      name: of the recipe, for folder and file.
-      recipe: what to train; some of its training data must be held out.
-      config: arms, trials, seeds, ranges.
-      changes: settings that hold for all arms.
-      run: how.
-
-    Returns:
-      The folder with trials.csv, runs.csv, trials.png and NAME-tuned.json.
+    that are complete are read, so that a search goes on where it was, or with more trials. The ``changes`` hold for all
+    arms. Returns the folder with trials.csv, runs.csv, trials.png and NAME-tuned.json.
 
     Raises:
       FileExistsError: if the folder holds a search over other ranges.
