@@ -12,7 +12,6 @@ from experiments.recipes import Recipe
 class Arm(NamedTuple):
     """One side of a comparison, as named: a method, ``-Nx`` for N times the epochs, ``,key=value`` for its settings."""
 
-    name: str
     method: str
     times: float
     settings: dict[str, Any]
@@ -23,12 +22,12 @@ def read(name: str) -> Arm:
 
     Example:
       >>> read("sam-1.5x,sam.rho=0.2")
-      Arm(name='sam-1.5x,sam.rho=0.2', method='sam', times=1.5, settings={'sam.rho': 0.2})
+      Arm(method='sam', times=1.5, settings={'sam.rho': 0.2})
     """
     head, *assignments = name.split(",")
     match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)x", head)
     method, times = (match[1], float(match[2])) if match else (head, 1.0)
-    return Arm(name, method, times, parse(assignments))
+    return Arm(method, times, parse(assignments))
 
 
 def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
@@ -50,8 +49,3 @@ def label(recipe: Recipe, name: str) -> str:
     times = [f"{arm.times:g}× epochs"] if arm.times != 1 else []
     settings = [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()]
     return ", ".join([method_of(dataclasses.replace(recipe, method=arm.method)).label, *times, *settings])
-
-
-def folder_name(name: str, seed: int) -> str:
-    """The name of the folder of an arm's run."""
-    return re.sub(r"[^\w.=-]+", "_", name) + f"-seed{seed}"

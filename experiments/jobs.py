@@ -4,12 +4,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from rich.console import Console
@@ -34,6 +35,11 @@ class Job(NamedTuple):
     arm: str
     recipe: Recipe
     folder: Path
+
+    @classmethod
+    def inside(cls, folder: Path, arm: str, recipe: Recipe, seed: int) -> Self:
+        """A run of an arm, in a folder of its own inside another."""
+        return cls(arm, replace(recipe, seed=seed), folder / (re.sub(r"[^\w.=-]+", "_", arm) + f"-seed{seed}"))
 
     @property
     def rows(self) -> list[EpochRow]:

@@ -6,7 +6,7 @@ the variants of CR-SAM take CR-SAM's settings, and what is left is at the defaul
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import jax.numpy as jnp
 import optax
@@ -16,7 +16,7 @@ from experiments.names import unknown
 from experiments.recipes import Recipe
 
 LossFn = Callable[..., Any]
-Transform = optax.GradientTransformation
+Transform: TypeAlias = optax.GradientTransformation
 Policy = Callable[[Transform], Transform]
 
 

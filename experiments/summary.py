@@ -13,9 +13,7 @@ from experiments.jobs import Job, Result
 from experiments.logs import EpochRow
 from experiments.tables import mean_and_deviation
 
-LEVEL = 0.95
-POWER = 0.8
-MOST_SEEDS = 10_000
+LEVEL, POWER, MOST_SEEDS = 0.95, 0.8, 10_000
 
 # Title, field of Result, decimals.
 _COLUMNS = (

@@ -39,22 +39,22 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     """
     ranges.check(config, run)
     folder = run.out or Path("results") / name / "tune"
-    common = changed(recipe, changes)
+    common, seeds = changed(recipe, changes), range(FIRST_SEED, FIRST_SEED + config.seeds)
     spaces: dict[str, dict[str, tuple[float, float]]] = {}
     searches: dict[str, list[list[Job]]] = {}  # of each arm, for each trial, a job a seed
     for arm in dict.fromkeys(config.methods):
         own = arms.resolve(recipe, arm, dict(changes) | {"evaluate_on": "validation"}, FIRST_SEED)
         spaces[arm] = space_of(own.method, common.learning_rate, config.space)
-        points = enumerate(sample(spaces[arm], config.trials))
-        searches[arm] = [_jobs(arm, changed(own, point), config.seeds, folder / f"trial{i}") for i, point in points]
+        trials = enumerate(changed(own, point) for point in sample(spaces[arm], config.trials))
+        searches[arm] = [[Job.inside(folder / f"trial{i}", arm, one, seed) for seed in seeds] for i, one in trials]
     # Trial by trial over all arms, so that an interruption leaves searches of one size.
-    todo = [job for trials in zip(*searches.values(), strict=True) for seeds in trials for job in seeds]
+    todo = [job for trial in zip(*searches.values(), strict=True) for group in trial for job in group]
     short = dataclasses.replace(run, evaluate_every=max(job.recipe.epochs for job in todo), probe_examples=0)
     jobs.carry_out(name, todo, short, config.processes)
     best: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
     for arm, search in searches.items():
-        rows[arm] = [_row(arm, trial, seeds, spaces[arm]) for trial, seeds in enumerate(search)]
+        rows[arm] = [_row(arm, trial, group, spaces[arm]) for trial, group in enumerate(search)]
         winner = max(rows[arm], key=lambda row: row["accuracy"])
         best[arm] = _difference(search[winner["trial"]][0].recipe, common)
         settings = ", ".join(f"{key} = {winner[key]:g}" for key in spaces[arm])
@@ -98,11 +98,6 @@ def sample(space: Mapping[str, tuple[float, float]], count: int) -> list[dict[st
     unit = qmc.Sobol(len(space), seed=0).random_base2(max(count - 1, 0).bit_length())[:count]
     points = np.exp(low + unit * (high - low))
     return [{key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)} for point in points]
-
-
-def _jobs(arm: str, recipe: Recipe, seeds: int, folder: Path) -> list[Job]:
-    recipes = [dataclasses.replace(recipe, seed=FIRST_SEED + index) for index in range(seeds)]
-    return [Job(arm, one, folder / arms.folder_name(arm, one.seed)) for one in recipes]
 
 
 def _row(arm: str, trial: int, seeds: Sequence[Job], names: Iterable[str]) -> dict[str, Any]:
