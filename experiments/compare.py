@@ -1,7 +1,6 @@
 """Arms × seeds of a recipe: a folder a run, with equal epochs, equal evaluations or equal time."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import arms, jobs, ranges, runs
@@ -11,6 +10,8 @@ from experiments.optimizers import METHODS
 from experiments.overrides import Changes
 from experiments.recipes import Recipe
 from experiments.summary import write_summary
+
+Recipes = dict[str, Recipe]  # by arm
 
 _PILOT_EPOCHS = 3  # the first compiles and warms up
 
@@ -49,9 +50,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     return folder
 
 
-def _with_equal_cost(
-    name: str, recipes: Mapping[str, Recipe], config: Compare, folder: Path, run: Run
-) -> dict[str, Recipe]:
+def _with_equal_cost(name: str, recipes: Recipes, config: Compare, folder: Path, run: Run) -> Recipes:
     """The recipes with as many epochs as the most expensive one's evaluations, or seconds, are worth.
 
     A pilot of three epochs of each arm measures its cost; with the folder it is kept, and so are the numbers of epochs.

@@ -122,15 +122,13 @@ def read_result(job: Job) -> Result:
     if failed.exists():
         note = json.loads(failed.read_text())
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
-    rows = job.rows
-    last, seconds = rows[-1], sum(row.seconds for row in rows)
-    judged = last.test_accuracy, last.test_loss, last.calibration_error
-    if last.average_accuracy is not None and last.average_loss is not None:
+    last, seconds = job.rows[-1], sum(row.seconds for row in job.rows)
+    measured = {name: value for name, value in last._asdict().items() if name in Result._fields}
+    measured |= {"raw_accuracy": last.test_accuracy, "seconds": seconds, "seconds_per_step": seconds / last.step}
+    if last.average_accuracy is not None:
         judged = last.average_accuracy, last.average_loss, last.average_calibration_error
-    return Result(
-        *start, *judged, last.test_accuracy, last.train_loss, last.train_accuracy, last.grad_norm, last.curvature,
-        last.trace, last.normalized_trace, last.evaluations_per_step, seconds, seconds / last.step,
-    )  # fmt: skip
+        measured |= zip(("test_accuracy", "test_loss", "calibration_error"), judged, strict=True)
+    return Result(*start, **measured)
 
 
 def _carry_out(name: str, job: Job, run: Run) -> Job:

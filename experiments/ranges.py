@@ -81,9 +81,8 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
       >>> flat(recipes.get("cifar10-wrn28-10"))["crsam.alpha"]
       0.5
     """
-    fields = node if isinstance(node, dict) else {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     result: dict[str, Any] = {}
-    for name, value in fields.items():
+    for name, value in (node if isinstance(node, dict) else vars(node)).items():
         is_nested = name != "per_method" and (isinstance(value, dict) or dataclasses.is_dataclass(value))
         result |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return result

@@ -155,9 +155,7 @@ _TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, weight_decay=5e-
 _CIFAR10, _CIFAR100 = dict(_TABLE_4, dataset="cifar10"), dict(_TABLE_4, dataset="cifar100")
 _TABLE_5 = dict(dataset="imagenet2012", batch_size=512, augmentation="inception")
 _IMAGENET_RESNET = dict(_TABLE_5, epochs=90, learning_rate=1.3, weight_decay=3e-5, warmup_epochs=5.0)
-_IMAGENET_VIT = dict(
-    _TABLE_5, epochs=300, learning_rate=3e-3, weight_decay=0.3, optimizer="adamw", warmup_epochs=4.0
-)  # fmt: skip
+_IMAGENET_VIT = dict(_TABLE_5, epochs=300, learning_rate=3e-3, weight_decay=0.3, optimizer="adamw", warmup_epochs=4.0)
 
 
 def _row(

@@ -57,7 +57,7 @@ def _small(name: str, **changes: Any) -> Task:
 
 
 # A ResNet-8 of width 8. CR-SAM's order is that in which the committed results were made: another rounds otherwise.
-_resnet8 = partial(_small, "cifar10-resnet8", batch_size=32, crsam=CrSam(0.1, 0.1, 0.01, strategy="sequential"))
+_resnet8 = partial(_small, "cifar10-resnet8", batch_size=32, crsam=CrSam(strategy="sequential"))
 
 TASKS: dict[str, Task] = {
     "digits": Task(dataclasses.replace(recipes.get("digits"), per_method={}), trial_seeds=3, seeds=100),
