@@ -122,7 +122,8 @@ def read_result(job: Job) -> Result:
     if failed.exists():
         note = json.loads(failed.read_text())
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
-    last, seconds = job.rows[-1], sum(row.seconds for row in job.rows)
+    rows = job.rows
+    last, seconds = rows[-1], sum(row.seconds for row in rows)
     measured = {name: value for name, value in last._asdict().items() if name in Result._fields}
     measured |= {"raw_accuracy": last.test_accuracy, "seconds": seconds, "seconds_per_step": seconds / last.step}
     if last.average_accuracy is not None:
