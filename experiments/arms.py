@@ -12,7 +12,6 @@ from experiments.recipes import Recipe
 class Arm(NamedTuple):
     """One side of a comparison, as named: a method, ``-Nx`` for N times the epochs, ``,key=value`` for its settings."""
 
-    name: str
     method: str
     times: float
     settings: dict[str, Any]
@@ -23,22 +22,19 @@ def read(name: str) -> Arm:
 
     Example:
       >>> read("sam-1.5x,sam.rho=0.2")
-      Arm(name='sam-1.5x,sam.rho=0.2', method='sam', times=1.5, settings={'sam.rho': 0.2})
+      Arm(method='sam', times=1.5, settings={'sam.rho': 0.2})
     """
     head, *assignments = name.split(",")
     match = re.fullmatch(r"(.+)-(\d+(?:\.\d+)?)x", head)
     method, times = (match[1], float(match[2])) if match else (head, 1.0)
-    return Arm(name, method, times, parse(assignments))
+    return Arm(method, times, parse(assignments))
 
 
 def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
-    """The recipe of one run.
+    """The recipe of one run; an unknown method or setting is a ValueError.
 
     Settings count in this order: the recipe's; those that it has for this arm, or else for its method, or else for
     the method's parent; ``changes``, what was asked for explicitly; the arm's own.
-
-    Raises:
-      ValueError: for an unknown method or setting.
     """
     arm = read(name)
     keys = name, arm.method, method_of(dataclasses.replace(recipe, method=arm.method)).family
@@ -50,11 +46,6 @@ def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
 def label(recipe: Recipe, name: str) -> str:
     """What an arm is called in tables and plots."""
     arm = read(name)
-    parts = [method_of(dataclasses.replace(recipe, method=arm.method)).label]
-    parts += [f"{arm.times:g}× epochs"] * (arm.times != 1)
-    return ", ".join(parts + [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()])
-
-
-def folder_name(name: str, seed: int) -> str:
-    """The name of the folder of an arm's run."""
-    return re.sub(r"[^\w.=-]+", "_", name) + f"-seed{seed}"
+    times = [f"{arm.times:g}× epochs"] if arm.times != 1 else []
+    settings = [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()]
+    return ", ".join([method_of(dataclasses.replace(recipe, method=arm.method)).label, *times, *settings])

@@ -1,16 +1,17 @@
 """Arms × seeds of a recipe: a folder a run, with equal epochs, equal evaluations or equal time."""
 
 import dataclasses
-from collections.abc import Mapping
 from pathlib import Path
 
 from experiments import arms, jobs, ranges, runs
 from experiments.configs import Compare, Run
 from experiments.jobs import Job
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import Changes
 from experiments.recipes import Recipe
 from experiments.summary import write_summary
+
+Recipes = dict[str, Recipe]  # by arm
 
 _PILOT_EPOCHS = 3  # the first compiles and warms up
 
@@ -26,7 +27,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
       ValueError: for an unknown method or setting.
     """
     ranges.check(config, run)
-    names = tuple(METHODS) if config.methods == ("all",) else tuple(dict.fromkeys(config.methods))
+    names = list(METHODS if config.methods == ("all",) else dict.fromkeys(config.methods))
     against = config.against or names[:1]
     for reference in against:
         if reference not in names:
@@ -36,11 +37,8 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     ranges.check(*recipes.values())
     if config.budget != "epochs":
         recipes = _with_equal_cost(name, recipes, config, folder, run)
-    todo = [
-        Job(arm, dataclasses.replace(one, seed=seed), folder / arms.folder_name(arm, seed))
-        for seed in range(config.seeds)  # seed by seed, so that an interruption leaves comparable runs
-        for arm, one in recipes.items()
-    ]
+    # Seed by seed, so that an interruption leaves comparable runs.
+    todo = [Job.inside(folder, arm, one, seed) for seed in range(config.seeds) for arm, one in recipes.items()]
     try:
         jobs.carry_out(name, todo, run, config.processes)
     finally:
@@ -52,9 +50,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     return folder
 
 
-def _with_equal_cost(
-    name: str, recipes: Mapping[str, Recipe], config: Compare, folder: Path, run: Run
-) -> dict[str, Recipe]:
+def _with_equal_cost(name: str, recipes: Recipes, config: Compare, folder: Path, run: Run) -> Recipes:
     """The recipes with as many epochs as the most expensive one's evaluations, or seconds, are worth.
 
     A pilot of three epochs of each arm measures its cost; with the folder it is kept, and so are the numbers of epochs.
@@ -63,7 +59,7 @@ def _with_equal_cost(
         run, keep=None, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0
     )
     cheap = {arm: dataclasses.replace(one, epochs=_PILOT_EPOCHS, warmup_epochs=0.0) for arm, one in recipes.items()}
-    pilots = [Job(arm, one, folder / "pilot" / arms.folder_name(arm, 0)) for arm, one in cheap.items()]
+    pilots = [Job.inside(folder / "pilot", arm, one, seed=0) for arm, one in cheap.items()]
     jobs.carry_out(name, pilots, short, config.processes)
     field = "evaluations_per_step" if config.budget == "evaluations" else "seconds"
     costs = {job.arm: getattr(job.rows[-1], field) for job in pilots}

@@ -4,12 +4,13 @@ import json
 import math
 import multiprocessing
 import os
+import re
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import jax
 from rich.console import Console
@@ -20,7 +21,7 @@ from experiments.configs import Run
 from experiments.inputs import signature_of
 from experiments.interruptions import end_with_parent, held_back, raised
 from experiments.logs import EpochRow, read_epochs
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import flat
 from experiments.progress import Bar
 from experiments.quiet import quiet_libraries
@@ -34,6 +35,11 @@ class Job(NamedTuple):
     arm: str
     recipe: Recipe
     folder: Path
+
+    @classmethod
+    def inside(cls, folder: Path, arm: str, recipe: Recipe, seed: int) -> Self:
+        """A run of an arm, in a folder of its own inside another."""
+        return cls(arm, replace(recipe, seed=seed), folder / (re.sub(r"[^\w.=-]+", "_", arm) + f"-seed{seed}"))
 
     @property
     def rows(self) -> list[EpochRow]:
@@ -118,13 +124,12 @@ def read_result(job: Job) -> Result:
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
     rows = job.rows
     last, seconds = rows[-1], sum(row.seconds for row in rows)
-    judged = last.test_accuracy, last.test_loss, last.calibration_error
-    if last.average_accuracy is not None and last.average_loss is not None:
+    measured = {name: value for name, value in last._asdict().items() if name in Result._fields}
+    measured |= {"raw_accuracy": last.test_accuracy, "seconds": seconds, "seconds_per_step": seconds / last.step}
+    if last.average_accuracy is not None:
         judged = last.average_accuracy, last.average_loss, last.average_calibration_error
-    return Result(
-        *start, *judged, last.test_accuracy, last.train_loss, last.train_accuracy, last.grad_norm, last.curvature,
-        last.trace, last.normalized_trace, last.evaluations_per_step, seconds, seconds / last.step,
-    )  # fmt: skip
+        measured |= zip(("test_accuracy", "test_loss", "calibration_error"), judged, strict=True)
+    return Result(*start, **measured)
 
 
 def _carry_out(name: str, job: Job, run: Run) -> Job:

@@ -1,5 +1,6 @@
 """Settings by their dotted names: ``crsam.rho=0.2`` on the command line, in a file, in a search, in an arm's name."""
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -18,23 +19,26 @@ Changes = Mapping[str, Any]
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with some settings changed.
-
-    Raises:
-      ValueError: for a name that does not exist, with the close ones, or a value of another type.
+    """The recipe with some settings changed; an unknown name is a ValueError, and so is a value of another type.
 
     Example:
       >>> changed(recipes.get("digits"), {"crsam.rho": 0.3, "model_options.width": 8}).model_options
       {'width': 8}
     """
-    for key, value in changes.items():
-        head, _, tail = key.partition(".")
-        kinds = typing.get_type_hints(Recipe)
+
+    def with_one(node: Any, name: str, key: str, value: Any) -> Any:
+        """The recipe, or a group of its settings such as ``crsam``, with one of them changed."""
+        if isinstance(node, dict):
+            return node | {name: value}
+        head, _, tail = name.partition(".")
+        kinds = typing.get_type_hints(type(node)) if dataclasses.is_dataclass(node) else {}
         if head not in kinds:
             raise unknown("setting", key, flat(recipe))
-        if tail:
-            value = _with_inner(getattr(recipe, head), tail, value, key, recipe)
-        recipe = dataclasses.replace(recipe, **{head: _checked(key, value, kinds[head])})
+        value = with_one(getattr(node, head), tail, key, value) if tail else value
+        return dataclasses.replace(node, **{head: _checked(key, value, kinds[head])})
+
+    for key, value in changes.items():
+        recipe = with_one(recipe, key, key, value)
     return recipe
 
 
@@ -50,10 +54,9 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         key, is_assigned, value = text.partition("=")
         if not is_assigned:
             raise ValueError(f"A setting is changed by key=value, got {text!r}.")
-        try:
-            result[key.replace("-", "_")] = json.loads(value)
-        except json.JSONDecodeError:
-            result[key.replace("-", "_")] = value
+        with contextlib.suppress(json.JSONDecodeError):
+            value = json.loads(value)
+        result[key.replace("-", "_")] = value
     return result
 
 
@@ -74,26 +77,11 @@ def find(name: str) -> Recipe:
 
 
 def from_settings(settings: Changes) -> Recipe:
-    """A recipe from its settings by dotted name; what they lack has its default.
-
-    Raises:
-      ValueError: if they lack something that has none.
-    """
+    """A recipe from its settings by dotted name; what they lack has its default, or else it is a ValueError."""
     required = [f.name for f in dataclasses.fields(Recipe) if f.default is f.default_factory is dataclasses.MISSING]
-    missing = sorted(set(required) - settings.keys())
-    if missing:
+    if missing := sorted(set(required) - settings.keys()):
         raise ValueError(f"This is no recipe: {', '.join(missing)} is missing.")
     return changed(Recipe(**{name: settings[name] for name in required}), settings)
-
-
-def _with_inner(node: Any, name: str, value: Any, key: str, recipe: Recipe) -> Any:
-    """The group of settings, such as ``crsam``, with one of them changed."""
-    if isinstance(node, dict):
-        return node | {name: value}
-    kinds = typing.get_type_hints(type(node)) if dataclasses.is_dataclass(node) else {}
-    if name not in kinds:
-        raise unknown("setting", key, flat(recipe))
-    return dataclasses.replace(node, **{name: _checked(key, value, kinds[name])})
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
@@ -104,9 +92,10 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
             raise unknown(f"value of {key}", str(value), options)
         return value
     kinds = options if origin in (types.UnionType, typing.Union) else (origin,)
-    if float in kinds and (hasattr(value, "dtype") or (isinstance(value, int) and not isinstance(value, bool))):
-        return value if hasattr(value, "dtype") else float(value)
-    if not isinstance(value, kinds) or isinstance(value, bool):
+    if float in kinds and type(value) is int:
+        value = float(value)
+    is_traced = float in kinds and hasattr(value, "dtype")
+    if not is_traced and (not isinstance(value, kinds) or isinstance(value, bool)):
         names = " | ".join("None" if one is types.NoneType else one.__name__ for one in kinds)
         raise ValueError(f"{key} must be of type {names}, got {value!r}.")
     return value

@@ -46,10 +46,9 @@ def ranges_of(kind: Any) -> dict[str, Range]:
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         if dataclasses.is_dataclass(hint):
             found |= {f"{name}.{inner}": allowed for inner, allowed in ranges_of(hint).items()}
-        for option in (hint, *typing.get_args(hint)):  # of a number, or of a number or None
-            for note in getattr(option, "__metadata__", ()):
-                if isinstance(note, Range):
-                    found[name] = note
+        options = (hint, *typing.get_args(hint))  # of a number, or of a number or None
+        notes = [note for option in options for note in getattr(option, "__metadata__", ())]
+        found.update((name, note) for note in notes if isinstance(note, Range))
     return found
 
 
@@ -82,9 +81,8 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
       >>> flat(recipes.get("cifar10-wrn28-10"))["crsam.alpha"]
       0.5
     """
-    fields = node if isinstance(node, dict) else {f.name: getattr(node, f.name) for f in dataclasses.fields(node)}
     result: dict[str, Any] = {}
-    for name, value in fields.items():
+    for name, value in (node if isinstance(node, dict) else vars(node)).items():
         is_nested = name != "per_method" and (isinstance(value, dict) or dataclasses.is_dataclass(value))
         result |= flat(value, f"{prefix}{name}.") if is_nested else {prefix + name: value}
     return result

@@ -151,36 +151,32 @@ class Recipe:
                     raise ValueError(f"{option(name)} is not for imagenet2012, which is streamed whole.")
 
 
-_TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, augmentation="basic")
+_TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, weight_decay=5e-3, augmentation="basic")
+_CIFAR10, _CIFAR100 = dict(_TABLE_4, dataset="cifar10"), dict(_TABLE_4, dataset="cifar100")
 _TABLE_5 = dict(dataset="imagenet2012", batch_size=512, augmentation="inception")
 _IMAGENET_RESNET = dict(_TABLE_5, epochs=90, learning_rate=1.3, weight_decay=3e-5, warmup_epochs=5.0)
-_IMAGENET_VIT = dict(
-    _TABLE_5, epochs=300, learning_rate=3e-3, weight_decay=0.3, optimizer="adamw", warmup_epochs=4.0
-)  # fmt: skip
-_WRN = dict(model="wrn28_10", weight_decay=1e-3)
+_IMAGENET_VIT = dict(_TABLE_5, epochs=300, learning_rate=3e-3, weight_decay=0.3, optimizer="adamw", warmup_epochs=4.0)
 
 
-def _row(common: dict[str, Any], sam_rho: float, rho: float, alpha: float, beta: float, **fields: Any) -> Recipe:
-    return Recipe(**(dict(weight_decay=5e-3) | common | fields), sam=Sam(sam_rho), crsam=CrSam(rho, alpha, beta))
-
-
-def _cifar(classes: int, *numbers: float, **fields: Any) -> Recipe:
-    return _row(_TABLE_4, *numbers, dataset=f"cifar{classes}", **fields)
+def _row(
+    common: dict[str, Any], model: str, sam_rho: float, rho: float, alpha: float, beta: float, **fields: Any
+) -> Recipe:
+    return Recipe(**(common | fields), model=model, sam=Sam(sam_rho), crsam=CrSam(rho, alpha, beta))
 
 
 PAPER: dict[str, Recipe] = {
-    "cifar10-resnet18": _cifar(10, 0.05, 0.10, 0.1, 0.01, model="resnet18"),
-    "cifar100-resnet18": _cifar(100, 0.10, 0.15, 0.5, 0.01, model="resnet18"),
-    "cifar10-resnet101": _cifar(10, 0.05, 0.10, 0.2, 0.05, model="resnet101"),
-    "cifar100-resnet101": _cifar(100, 0.10, 0.15, 0.5, 0.05, model="resnet101"),
-    "cifar10-wrn28-10": _cifar(10, 0.10, 0.10, 0.5, 0.1, **_WRN),
-    "cifar100-wrn28-10": _cifar(100, 0.10, 0.15, 0.5, 0.1, **_WRN),
-    "cifar10-pyramidnet110": _cifar(10, 0.15, 0.20, 0.5, 0.1, model="pyramidnet110"),
-    "cifar100-pyramidnet110": _cifar(100, 0.15, 0.20, 0.5, 0.1, model="pyramidnet110"),
-    "imagenet-resnet50": _row(_IMAGENET_RESNET, 0.10, 0.15, 0.1, 0.01, model="resnet50"),
-    "imagenet-resnet101": _row(_IMAGENET_RESNET, 0.10, 0.15, 0.2, 0.01, model="resnet101"),
-    "imagenet-vit-s32": _row(_IMAGENET_VIT, 0.05, 0.10, 0.05, 0.01, model="vit_s32"),
-    "imagenet-vit-b32": _row(_IMAGENET_VIT, 0.05, 0.10, 0.05, 0.01, model="vit_b32"),
+    "cifar10-resnet18": _row(_CIFAR10, "resnet18", 0.05, 0.10, 0.1, 0.01),
+    "cifar100-resnet18": _row(_CIFAR100, "resnet18", 0.10, 0.15, 0.5, 0.01),
+    "cifar10-resnet101": _row(_CIFAR10, "resnet101", 0.05, 0.10, 0.2, 0.05),
+    "cifar100-resnet101": _row(_CIFAR100, "resnet101", 0.10, 0.15, 0.5, 0.05),
+    "cifar10-wrn28-10": _row(_CIFAR10, "wrn28_10", 0.10, 0.10, 0.5, 0.1, weight_decay=1e-3),
+    "cifar100-wrn28-10": _row(_CIFAR100, "wrn28_10", 0.10, 0.15, 0.5, 0.1, weight_decay=1e-3),
+    "cifar10-pyramidnet110": _row(_CIFAR10, "pyramidnet110", 0.15, 0.20, 0.5, 0.1),
+    "cifar100-pyramidnet110": _row(_CIFAR100, "pyramidnet110", 0.15, 0.20, 0.5, 0.1),
+    "imagenet-resnet50": _row(_IMAGENET_RESNET, "resnet50", 0.10, 0.15, 0.1, 0.01),
+    "imagenet-resnet101": _row(_IMAGENET_RESNET, "resnet101", 0.10, 0.15, 0.2, 0.01),
+    "imagenet-vit-s32": _row(_IMAGENET_VIT, "vit_s32", 0.05, 0.10, 0.05, 0.01),
+    "imagenet-vit-b32": _row(_IMAGENET_VIT, "vit_b32", 0.05, 0.10, 0.05, 0.01),
 }
 """The rows of tables 4 and 5."""
 
@@ -188,10 +184,8 @@ REDUCED: dict[str, Recipe] = {
     "digits": Recipe(  # chosen for single methods by `python -m experiments tune digits --seeds 3`
         "digits", "convnet", epochs=40, batch_size=64, learning_rate=0.03, weight_decay=5e-4, augmentation="none",
         model_options={"width": 16}, label_noise=0.4, validation_fraction=0.5, sam=Sam(0.765),
-        crsam=CrSam(0.293, 0.135, 0.0526),
-        per_method={
-            "base": {"learning_rate": 0.0137}, "sam": {"learning_rate": 0.151},
-            "crsam": {"learning_rate": 0.0469},
+        crsam=CrSam(0.293, 0.135, 0.0526), per_method={
+            "base": {"learning_rate": 0.0137}, "sam": {"learning_rate": 0.151}, "crsam": {"learning_rate": 0.0469},
         },
     ),
     "cifar10-small-resnet": dataclasses.replace(
@@ -218,10 +212,7 @@ RECIPES: dict[str, Recipe] = PAPER | REDUCED
 
 
 def get(name: str) -> Recipe:
-    """The recipe of that name.
-
-    Raises:
-      ValueError: if there is none, with the close names.
+    """The recipe of that name; a ValueError has the close names.
 
     Example:
       >>> get("cifar100-resnet18").crsam.rho

@@ -52,15 +52,7 @@ GRIDS = (
 def sensitivity(name: str, recipe: Recipe, seeds: int, processes: int, run: Run) -> Path:
     """Trains CR-SAM at all points of the grids, and draws mean accuracy ± standard error; complete runs are read.
 
-    Args:
-      name: of the recipe, for the folder.
-      recipe: what to train.
-      seeds: runs of each point.
-      processes: how many trainings at once.
-      run: how.
-
-    Returns:
-      The folder with runs.csv, the tables of :func:`experiments.compare.compare` and sensitivity.png.
+    Returns the folder with runs.csv, the tables of :func:`experiments.compare.compare` and sensitivity.png.
     """
     names = tuple(grid.arm(x, y) for grid in GRIDS for x in grid.across.values for y in grid.up.values)
     folder = compare(name, recipe, Compare(names, seeds, processes=processes), {}, run)

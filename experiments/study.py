@@ -1,16 +1,25 @@
-"""The study: which method helps, and at what cost, with equal tuning and many seeds. Its protocol is docs/study.md."""
+"""The study: which method helps, at what cost, and does a flat minimum go with accuracy? Its protocol is docs/study.md.
 
+Methods are tuned equally and compared with many seeds; then come rank correlations over the runs and over the methods.
+"""
+
+import csv
 import dataclasses
+from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from experiments import recipes
+import numpy as np
+from scipy import stats
+
+from experiments import plots, recipes, tables
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
-from experiments.mechanism import mechanism
+from experiments.jobs import Result
 from experiments.names import unknown
 from experiments.overrides import find
-from experiments.recipes import Recipe
+from experiments.recipes import CrSam, Recipe
 from experiments.tune import tune
 
 MAIN = ("base", "base,ema=0.99", "sam", "asam", "crsam", "sam-late", "crsam-late", "msam", "s2sam")
@@ -23,51 +32,42 @@ SECONDARY = (
 )  # fmt: skip
 """They take what was found for base, SAM or CR-SAM."""
 
-
 AGAINST = ("sam", "base", "crsam,crsam.alpha=0,crsam.beta=0")
 """To the last, SAM at CR-SAM's own settings, a difference is what the penalty does."""
 
 
-class Task(NamedTuple):
-    """What is learned.
+MEASURES = {"normalized_trace": "C(w)", "trace": "trace", "curvature": "vᵀHv", "grad_norm": "‖∇L‖"}
 
-    Attributes:
-      recipe: of all arms, before tuning.
-      trial_seeds: runs of each setting in the search.
-      seeds: runs of each arm in the comparison, with other seeds.
-    """
+
+class Task(NamedTuple):
+    """What is learned."""
 
     recipe: Recipe
-    trial_seeds: int
-    seeds: int
+    """Of all arms, before tuning."""
+    trial_seeds: int = 2
+    """Runs of each setting in the search."""
+    seeds: int = 10
+    """Runs of each arm in the comparison, with other seeds."""
 
 
-def _small(dataset: Any, epochs: int, **changes: Any) -> Recipe:
-    """A ResNet-8 of width 8 on some hundred images a class, with a tenth of the training data held out."""
-    recipe = recipes.get("cifar10-resnet8")
-    settings: dict[str, Any] = {"batch_size": 32, "validation_fraction": 0.1, "test_examples_per_class": 500}
-    # The order in which the committed results were made: another rounds otherwise.
-    settings["crsam"] = dataclasses.replace(recipe.crsam, strategy="sequential")
-    return dataclasses.replace(recipe, dataset=dataset, epochs=epochs, **(settings | changes))
+def _small(name: str, **changes: Any) -> Task:
+    """A recipe with a tenth of its training data held out."""
+    held_out = {"validation_fraction": 0.1, "test_examples_per_class": 500}
+    return Task(dataclasses.replace(recipes.get(name), **(held_out | changes)))
 
 
-def _small_vit() -> Recipe:
-    """A ViT of width 48 and depth 3 on 1,000 images."""
-    recipe = recipes.get("fashion-small-vit")
-    return dataclasses.replace(
-        recipe, examples_per_class=100, validation_fraction=0.1, test_examples_per_class=500,
-        model_options={"width": 48, "depth": 3, "num_heads": 3, "patch_size": 7},
-    )  # fmt: skip
-
+# A ResNet-8 of width 8. CR-SAM's order is that in which the committed results were made: another rounds otherwise.
+_resnet8 = partial(_small, "cifar10-resnet8", batch_size=32, crsam=CrSam(strategy="sequential"))
 
 TASKS: dict[str, Task] = {
     "digits": Task(dataclasses.replace(recipes.get("digits"), per_method={}), trial_seeds=3, seeds=100),
-    "cifar10": Task(_small("cifar10", 12), trial_seeds=2, seeds=10),
-    "cifar10-augmented": Task(_small("cifar10", 40, augmentation="basic"), trial_seeds=2, seeds=10),
-    "fashion-noise": Task(
-        _small("fashion_mnist", 16, examples_per_class=100, label_noise=0.4), trial_seeds=2, seeds=10
+    "cifar10": _resnet8(epochs=12),
+    "cifar10-augmented": _resnet8(epochs=40, augmentation="basic"),
+    "fashion-noise": _resnet8(dataset="fashion_mnist", epochs=16, examples_per_class=100, label_noise=0.4),
+    "fashion-vit": _small(
+        "fashion-small-vit", examples_per_class=100,
+        model_options={"width": 48, "depth": 3, "num_heads": 3, "patch_size": 7},
     ),
-    "fashion-vit": Task(_small_vit(), trial_seeds=2, seeds=10),
 }  # fmt: skip
 """By name; they take from twenty minutes to three hours on one core."""
 
@@ -88,13 +88,55 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
     if name not in TASKS:
         raise unknown("task", name, TASKS)
     task, folder = TASKS[name], out or Path("results/study") / name
-    once = Run(keep=None, log_steps=0, probe_examples=0)
     search = Tune(MAIN, trials, task.trial_seeds, processes=processes)
-    found = tune(name, task.recipe, search, {}, dataclasses.replace(once, out=folder / "tune"))
+    found = tune(name, task.recipe, search, {}, Run(folder / "tune", keep=None, log_steps=0))
     tuned = find(str(found / f"{name}-tuned.json"))
-    longest = 3 * tuned.epochs
-    last = dataclasses.replace(
-        once, evaluate_every=longest, probe_examples=500, trace_probes=10, out=folder / "compare"
-    )
+    longest = 3 * tuned.epochs  # those of base-3x
+    last = Run(folder / "compare", keep=None, log_steps=0, evaluate_every=longest, probe_examples=500, trace_probes=10)
     arms = Compare(MAIN + SECONDARY, seeds or task.seeds, AGAINST, processes=processes)
-    return mechanism(compare(name, tuned, arms, {}, last), tuned=MAIN)
+    return mechanism(compare(name, tuned, arms, {}, last))
+
+
+def mechanism(folder: Path) -> Path:
+    """Reads runs.csv and summary.csv of a comparison; writes correlations.csv, correlations.md and mechanism.png there.
+
+    Four correlations of accuracy with each measure (Spearman's): of the methods' means; the same without those that
+    were not tuned, of which some may have failed; of the runs of one method, the mean over methods; and of both losses'
+    difference, the gap, instead of accuracy, of the methods' means.
+    """
+    runs = [row for row in tables.read(folder / "runs.csv", Result) if row.normalized_trace is not None]
+    groups = {arm: [row for row in runs if row.arm == arm] for arm in dict.fromkeys(row.arm for row in runs)}
+    if len(groups) < 3:
+        raise ValueError(f"{folder} holds no comparison of three methods whose Hessian's trace was measured.")
+    rows = [{"measure": label} | _correlations(field, groups) for field, label in MEASURES.items()]
+    tables.write(folder / "correlations.csv", rows)
+    titles = ("measure", "accuracy, over methods", "over tuned ones", "within a method", "gap, over methods")
+    cells = [(label, *(f"{value:+.2f}" for value in values)) for label, *values in map(dict.values, rows)]
+    text = tables.markdown(titles, cells)
+    tables.replace(folder / "correlations.md", text)
+    with (folder / "summary.csv").open() as file:
+        labels = {row["arm"]: row["label"] for row in csv.DictReader(file)}
+    plots.accuracy_over_flatness({labels[arm]: rows for arm, rows in groups.items()}, folder / "mechanism.png")
+    tables.show(text)
+    return folder
+
+
+def _correlations(field: str, groups: Mapping[str, Sequence[Result]]) -> dict[str, Any]:
+    # Of each method an array [runs, 3].
+    numbers = [
+        np.array([(getattr(row, field), row.test_accuracy, row.test_loss - row.train_loss) for row in rows])
+        for rows in groups.values()
+    ]
+    measure, accuracy, gap = np.array([[np.mean(column) for column in runs.T] for runs in numbers]).T
+    is_tuned = [arm in MAIN for arm in groups]
+    within = [_rank(runs[:, 0], runs[:, 1]) for runs in numbers if len(runs) > 2]
+    return {
+        "over_methods": _rank(measure, accuracy),
+        "over_tuned": _rank(measure[is_tuned], accuracy[is_tuned]),
+        "within_methods": float(np.nanmean(within)) if within else float("nan"),
+        "gap_over_methods": _rank(measure, gap),
+    }
+
+
+def _rank(x: np.ndarray, y: np.ndarray) -> float:
+    return float(stats.spearmanr(x, y).statistic)

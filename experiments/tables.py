@@ -18,11 +18,7 @@ Row = TypeVar("Row")
 
 
 def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
-    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count.
-
-    Raises:
-      ValueError: if the file holds anything else.
-    """
+    """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count."""
     if not path.exists():
         return []
     text = path.read_text(errors="replace")
@@ -34,7 +30,7 @@ def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
         raise ValueError(f"{path} is damaged: {error!r}.") from error
 
 
-def append(path: Path, rows: Iterable[Any]) -> None:
+def append(path: Path, rows: Sequence[Any]) -> None:
     """Adds NamedTuples to a file, in the place of a last line that was cut off; a new file begins with a header."""
     text = path.read_text() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
@@ -42,10 +38,9 @@ def append(path: Path, rows: Iterable[Any]) -> None:
         replace(path, whole)
     with path.open("a", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
-        for number, row in enumerate(rows):
-            if not whole and not number:
-                writer.writerow(row._fields)
-            writer.writerow(row)
+        if rows and not whole:
+            writer.writerow(rows[0]._fields)
+        writer.writerows(rows)
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
@@ -122,5 +117,5 @@ def mean_and_deviation(values: Sequence[float]) -> tuple[float, float]:
 
 def _parsed(text: str, kind: Any) -> Any:
     """A cell as its column's type; an empty one is None, where the column allows it."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
+    options = typing.get_args(kind) or (kind,)
     return None if text == "" and types.NoneType in options else options[0](text)

@@ -1,7 +1,7 @@
 """A search for the settings of each arm, with equally many trials, on data that is held out of training."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ from scipy.stats import qmc
 from experiments import arms, jobs, plots, ranges, runs, tables
 from experiments.configs import Run, Tune
 from experiments.jobs import Job
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
 from experiments.overrides import Changes, changed, flat
 from experiments.recipes import Recipe
 from experiments.tables import mean_and_deviation
@@ -30,17 +30,8 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     """Tries settings of each arm and writes down all of them, and the recipe with the best, which can be trained.
 
     The best has the highest mean accuracy over the seeds on the validation data; the test data is not read. Trials
-    that are complete are read, so that a search goes on where it was, or with more trials.
-
-    Args:
-      name: of the recipe, for folder and file.
-      recipe: what to train; some of its training data must be held out.
-      config: arms, trials, seeds, ranges.
-      changes: settings that hold for all arms.
-      run: how.
-
-    Returns:
-      The folder with trials.csv, runs.csv, trials.png and NAME-tuned.json.
+    that are complete are read, so that a search goes on where it was, or with more trials. The ``changes`` hold for all
+    arms. Returns the folder with trials.csv, runs.csv, trials.png and NAME-tuned.json.
 
     Raises:
       FileExistsError: if the folder holds a search over other ranges.
@@ -48,24 +39,29 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     """
     ranges.check(config, run)
     folder = run.out or Path("results") / name / "tune"
-    searches = {arm: _search(arm, recipe, config, changes, folder) for arm in dict.fromkeys(config.methods)}
+    common, seeds = changed(recipe, changes), range(FIRST_SEED, FIRST_SEED + config.seeds)
+    spaces: dict[str, dict[str, tuple[float, float]]] = {}
+    searches: dict[str, list[list[Job]]] = {}  # of each arm, for each trial, a job a seed
+    for arm in dict.fromkeys(config.methods):
+        own = arms.resolve(recipe, arm, dict(changes) | {"evaluate_on": "validation"}, FIRST_SEED)
+        spaces[arm] = space_of(own.method, common.learning_rate, config.space)
+        trials = enumerate(changed(own, point) for point in sample(spaces[arm], config.trials))
+        searches[arm] = [[Job.inside(folder / f"trial{i}", arm, one, seed) for seed in seeds] for i, one in trials]
     # Trial by trial over all arms, so that an interruption leaves searches of one size.
-    todo = [job for trials in zip(*searches.values(), strict=True) for seeds in trials for job in seeds]
+    todo = [job for trial in zip(*searches.values(), strict=True) for group in trial for job in group]
     short = dataclasses.replace(run, evaluate_every=max(job.recipe.epochs for job in todo), probe_examples=0)
     jobs.carry_out(name, todo, short, config.processes)
     best: dict[str, dict[str, Any]] = {}
     rows: dict[str, list[dict[str, Any]]] = {}
-    common, names = changed(recipe, changes), ["learning_rate"]
     for arm, search in searches.items():
-        space = space_of(search[0][0].recipe.method, common.learning_rate, config.space)
-        names += [key for key in space if key not in names]
-        rows[arm] = [_row(arm, trial, seeds, list(space)) for trial, seeds in enumerate(search)]
+        rows[arm] = [_row(arm, trial, group, spaces[arm]) for trial, group in enumerate(search)]
         winner = max(rows[arm], key=lambda row: row["accuracy"])
         best[arm] = _difference(search[winner["trial"]][0].recipe, common)
-        print(f"{arm}: {winner['accuracy']:.2f} % with " + ", ".join(f"{key} = {winner[key]:g}" for key in space))
+        settings = ", ".join(f"{key} = {winner[key]:g}" for key in spaces[arm])
+        print(f"{arm}: {winner['accuracy']:.2f} % with {settings}")
     tables.write(folder / "trials.csv", [row for found in rows.values() for row in found])
     tables.write(folder / "runs.csv", [jobs.read_result(job) for job in todo])
-    plots.trials(rows, names, folder / "trials.png")
+    plots.trials(rows, list(dict.fromkeys(key for space in spaces.values() for key in space)), folder / "trials.png")
     tuned = dataclasses.replace(common, per_method=common.per_method | best)
     runs.save_json(dataclasses.asdict(tuned), folder / f"{name}-tuned.json")
     print(f"Trials and the best are in {folder}: trials.csv, runs.csv, trials.png, {name}-tuned.json.")
@@ -100,24 +96,11 @@ def sample(space: Mapping[str, tuple[float, float]], count: int) -> list[dict[st
     """The first points of a scrambled Sobol sequence on the logarithms of the ranges, to three digits."""
     low, high = np.log(list(space.values())).T
     unit = qmc.Sobol(len(space), seed=0).random_base2(max(count - 1, 0).bit_length())[:count]
-    return [
-        {key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)}
-        for point in np.exp(low + unit * (high - low))
-    ]
+    points = np.exp(low + unit * (high - low))
+    return [{key: float(f"{value:.3g}") for key, value in zip(space, point, strict=True)} for point in points]
 
 
-def _search(arm: str, recipe: Recipe, config: Tune, changes: Changes, folder: Path) -> list[list[Job]]:
-    """The jobs of an arm: for each trial one a seed."""
-    own = arms.resolve(recipe, arm, dict(changes) | {"evaluate_on": "validation"}, FIRST_SEED)
-    space, trials = space_of(own.method, changed(recipe, changes).learning_rate, config.space), []
-    for number, point in enumerate(sample(space, config.trials)):
-        one = changed(own, point)
-        seeds = [dataclasses.replace(one, seed=FIRST_SEED + index) for index in range(config.seeds)]
-        trials.append([Job(arm, s, folder / f"trial{number}" / arms.folder_name(arm, s.seed)) for s in seeds])
-    return trials
-
-
-def _row(arm: str, trial: int, seeds: Sequence[Job], names: Sequence[str]) -> dict[str, Any]:
+def _row(arm: str, trial: int, seeds: Sequence[Job], names: Iterable[str]) -> dict[str, Any]:
     """A row of trials.csv."""
     found, settings = [jobs.read_result(job) for job in seeds], flat(seeds[0].recipe)
     accuracy, deviation = mean_and_deviation([result.test_accuracy for result in found])
@@ -125,8 +108,7 @@ def _row(arm: str, trial: int, seeds: Sequence[Job], names: Sequence[str]) -> di
     return {
         "arm": arm, "trial": trial, "accuracy": accuracy, "accuracy_std": deviation, "loss": loss,
         "seeds": len(found), "failed": sum(bool(result.error) for result in found),
-        **{key: settings[key] for key in names},
-    }  # fmt: skip
+    } | {key: settings[key] for key in names}  # fmt: skip
 
 
 def _difference(one: Recipe, common: Recipe) -> dict[str, Any]:

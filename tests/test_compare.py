@@ -18,10 +18,10 @@ from experiments import arms, compare, jobs, optimizers, overrides, recipes, sum
 from experiments.configs import Compare, Run
 from experiments.data import digits, subset
 from experiments.inputs import load
-from experiments.intervals import paired, seeds_needed
 from experiments.jobs import Job, Result
 from experiments.logs import read_epochs
-from experiments.methods import METHODS
+from experiments.optimizers import METHODS
+from experiments.summary import paired, seeds_needed
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
