@@ -47,7 +47,7 @@ class Checkpoints:
         if jax.process_index() == 0:
             self._check_space(state)
             partial.mkdir(parents=True)
-        self._arrays.save(partial / "arrays", _flat(state))
+        self._arrays.save(partial / "arrays", by_path(state))
         files = {name: (self.run / name).read_bytes() for name in (CONFIG, *LOGS) if (self.run / name).exists()}
         files["position.json"] = json.dumps(position).encode()
         self._pending = self._background.submit(self._complete, step, files)
@@ -66,7 +66,7 @@ class Checkpoints:
         if fault := checksums.fault(self.path(step)):
             raise ValueError(f"Checkpoint {step} in {self.folder} is damaged: {fault}.")
         check(self.run, step)
-        shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in _flat(like).items()}
+        shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in by_path(like).items()}
         arrays = self._arrays.restore(self.path(step) / "arrays", shapes)
         position = json.loads((self.path(step) / "position.json").read_text())
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in shapes]), position
@@ -190,9 +190,7 @@ def check(run: Path, step: int | None = None) -> None:
         )
 
 
-def _flat(state: State) -> dict[str, jax.Array]:
+def by_path(tree: Any) -> dict[str, jax.Array]:
     """Arrays by path: a format that does not depend on the classes of optimizers and networks."""
-    return {
-        jax.tree_util.keystr(path, simple=True, separator="/"): leaf
-        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
-    }
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}

@@ -26,10 +26,6 @@ def evaluate_run(folder: Path, on: On = "test", step: int | None = None, run: Ru
       on: Its own evaluation data, or ImageNet's corruptions (their mean) or renditions (of its 200 classes alone).
       step: The step of the checkpoint; the last by default.
       run: Devices and data.
-
-    Raises:
-      FileNotFoundError: if there is no such run, checkpoint or data.
-      ValueError: if the network was not trained on ImageNet, and ``on`` is.
     """
     ranges.check(run)
     restored = restore(folder, step, run)

@@ -56,9 +56,6 @@ class Log:
 
     With ``has_steps`` steps are written down too, and events; ``wandb`` is a project of Weights & Biases to write to as
     well, with ``config``. All processes but one are no writer, and write nothing.
-
-    Raises:
-      ImportError: if ``wandb`` is asked for and not installed.
     """
 
     def __init__(

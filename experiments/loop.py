@@ -41,9 +41,6 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
 
     What a step or an epoch showed is on disk before the checkpoint that follows it, so that going on at a checkpoint
     leaves no gap.
-
-    Raises:
-      FloatingPointError: if a loss is not finite.
     """
     recipe, run, inputs, program, _, log, console = training
     per_epoch, first = inputs.signature.steps_per_epoch, int(state.step)

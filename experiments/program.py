@@ -84,9 +84,6 @@ def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     """Builds network, loss, optimizer and step of a recipe; recipes that differ in numbers alone share them.
 
     The state is on every device of the mesh; a batch is divided among them, along its one axis, ``"data"``.
-
-    Raises:
-      ValueError: for a number outside of its range.
     """
     numbers = {name: value for name, value in flat(recipe).items() if name in TRACED and value is not None}
     alike = dataclasses.replace(changed(recipe, dict.fromkeys(numbers, 0.0)), seed=0, label_noise=0.0, per_method={})
@@ -167,11 +164,7 @@ def _judged_network(settings: str, signature: Signature, mesh: Mesh) -> tuple[Ne
 
 
 def averaged(state: State) -> tuple[Any, Any]:
-    """The average of params and model state over the steps so far, weighted by powers of the decay.
-
-    Raises:
-      ValueError: if the run has none.
-    """
+    """The average of params and model state over the steps so far, weighted by powers of the decay."""
     if state.average is None:
         raise ValueError("This run has no averaged weights: train it with --ema.")
     mean = optax.tree.bias_correction(state.average.ema, state.numbers["ema"], state.average.count)

@@ -73,10 +73,6 @@ def readiness(
     Args:
       names: Recipes; the rows of the paper by default.
       config: The device.
-
-    Raises:
-      ImportError: if the compiler for ``config.target`` is not installed.
-      ValueError: for an unknown name or target.
     """
     ranges.check(config)
     if config.target is None and config.devices is not None:

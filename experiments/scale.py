@@ -9,11 +9,7 @@ from experiments.configs import Run
 
 
 def start(run: Run) -> Mesh:
-    """Joins the processes of a run, if there are several, and makes the mesh over their devices.
-
-    Raises:
-      ValueError: if more devices are asked for than there are.
-    """
+    """Joins the processes of a run, if there are several, and makes the mesh over their devices."""
     if run.distributed and not jax.distributed.is_initialized():
         jax.distributed.initialize(run.coordinator, run.num_processes, run.process_id)
     devices = jax.devices()

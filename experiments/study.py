@@ -81,9 +81,6 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
       out: Folder of the results; results/study/NAME by default.
       trials: Settings tried for each main method.
       seeds: Runs of each arm in the comparison; the task's own number by default.
-
-    Raises:
-      ValueError: for an unknown task.
     """
     if name not in TASKS:
         raise unknown("task", name, TASKS)

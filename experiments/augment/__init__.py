@@ -26,9 +26,6 @@ def augment(
       name: ``"none"``; ``"basic"`` (crop and flip); ``"cutout"`` (basic, then cutout of 16×16 pixels);
         ``"autoaugment"`` (basic, then the CIFAR-10 policy); ``"inception"`` (Inception-style crop and flip).
       mean, std: of each channel, for pixels in [0, 1].
-
-    Raises:
-      ValueError: if there is no such augmentation.
     """
     first, second = jax.random.split(key)
     match name:

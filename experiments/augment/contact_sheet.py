@@ -6,25 +6,18 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
+from matplotlib.figure import Figure
 
 from experiments.augment import NAMES, augment
 from experiments.data.dataset import Dataset
 
 
 def draw_contact_sheet(path: str | Path, dataset: Dataset, *, names: Sequence[str] = NAMES, seed: int = 0) -> None:
-    """Draws twelve training images, and below them what each augmentation makes of them in three tries.
-
-    Args:
-      path: of the picture to write; its suffix decides the format.
-      dataset: whose first training images to take.
-      names: augmentations, one block of rows each.
-      seed: of the random choices.
-    """
-    import matplotlib.pyplot as plt
-
+    """Draws the first twelve training images, and below them what each augmentation makes of them in three tries."""
     images = jnp.asarray(dataset.train.images[:12])
     rows = [(name, trial) for name in names for trial in range(1 if name == "none" else 3)]
-    figure, axes = plt.subplots(len(rows), len(images), figsize=(len(images), 1.05 * len(rows)), squeeze=False)
+    figure = Figure(figsize=(len(images), 1.05 * len(rows)))
+    axes = figure.subplots(len(rows), len(images), squeeze=False)
     for (name, trial), row in zip(rows, axes, strict=True):
         batch = augment(name, jax.random.key(seed + trial), images, dataset.mean, dataset.std)
         pixels = np.clip(np.asarray(batch, np.float32) * dataset.std + dataset.mean, 0, 1)
@@ -35,4 +28,3 @@ def draw_contact_sheet(path: str | Path, dataset: Dataset, *, names: Sequence[st
             row[0].set_ylabel(name)
     figure.tight_layout(pad=0.2)
     figure.savefig(path, dpi=100)
-    plt.close(figure)

@@ -32,10 +32,6 @@ def benchmark(config: configs.Benchmark = configs.Benchmark()) -> None:  # noqa:
 
     Args:
       config: What to time.
-
-    Raises:
-      ImportError: if the compiler for ``config.target`` is not installed.
-      ValueError: if there is no such network or target, or not as many devices.
     """
     ranges.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time

@@ -72,11 +72,7 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> Cal
 
 
 def make_loss(config: Benchmark) -> LossFn:
-    """The mean cross-entropy of a batch.
-
-    Raises:
-      ValueError: if there is no such network.
-    """
+    """The mean cross-entropy of a batch."""
     graphdef = nnx.graphdef(nnx.eval_shape(lambda: _network(config)))
 
     def loss_fn(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:

@@ -38,11 +38,6 @@ def figures(what: What, folder: Path, settings: Figures = Figures(), out: Path |
       folder: Folder of the training runs, results/RECIPE.
       settings: What to measure. What was measured before is not measured again.
       out: Folder for numbers and figures; FOLDER/figures by default.
-
-    Raises:
-      FileExistsError: if ``out`` holds numbers measured with other settings.
-      FileNotFoundError: if there are no runs, or an epoch's checkpoint was not kept.
-      ValueError: if the runs cannot be compared.
     """
     ranges.check(settings)
     out = out or folder / "figures"

@@ -149,11 +149,7 @@ def _surface(axis: Any, grid: Grid, norm: LogNorm, high: float) -> None:
 
 
 def interactive(points: Sequence[SurfacePoint], labels: Labels, out: Path) -> Path:
-    """Writes surface.html: surfaces to turn with the mouse, on one scale; needs no network when opened, some 5 MB.
-
-    Raises:
-      ImportError: if plotly is not installed.
-    """
+    """Writes surface.html: surfaces to turn with the mouse, on one scale; needs no network when opened, some 5 MB."""
     try:
         import plotly.graph_objects as go
         from plotly.subplots import make_subplots

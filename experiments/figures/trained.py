@@ -42,12 +42,7 @@ class Snapshot(NamedTuple):
 
 
 def find_runs(folder: Path) -> list[Trained]:
-    """The runs inside a folder: SGD, SAM, CR-SAM, then other methods, each by seed.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      ValueError: if they differ in more than method, seed and the methods' settings.
-    """
+    """The runs inside a folder: SGD, SAM, CR-SAM, then other methods, each by seed."""
     found = []
     for run in sorted({path.parent for name in ("config.json", "metrics.csv") for path in folder.glob(f"*/{name}")}):
         check(run)
@@ -68,11 +63,7 @@ def find_runs(folder: Path) -> list[Trained]:
 
 
 def snapshots(run: Trained, signature: Signature, epochs: Sequence[int] = ()) -> list[Snapshot]:
-    """The network at the given epochs, or at all that were kept.
-
-    Raises:
-      FileNotFoundError: if an epoch was not kept, with those that were.
-    """
+    """The network at the given epochs, or at all that were kept."""
     per_epoch = signature.steps_per_epoch
     program = make_program(run.recipe, signature, start(Run(devices=1)))
     like = jax.eval_shape(program.init, 0)
