@@ -25,7 +25,7 @@ from experiments.figures.measures import (
     measure_ratio,
     measure_surface,
 )
-from experiments.figures.trained import Snapshot, Trained, find_runs, snapshots
+from experiments.figures.snapshots import Snapshot, Trained, find_runs, snapshots
 from experiments.inputs import load, signature_of
 from experiments.logs import EpochRow
 from experiments.program import make_program

@@ -17,7 +17,7 @@ from experiments.configs import Figures, What
 from experiments.figures import measures
 from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
-from experiments.figures.trained import Trained, find_runs, snapshots
+from experiments.figures.snapshots import Trained, find_runs, snapshots
 from experiments.inputs import load, signature_of
 
 CURVATURE, RATIO, SURFACE = "curvature.csv", "ratio.csv", "surface.csv"

@@ -12,7 +12,7 @@ from matplotlib.ticker import MaxNLocator
 
 from experiments.figures import style
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
-from experiments.figures.trained import Trained
+from experiments.figures.snapshots import Trained
 from experiments.tables import markdown, mean_and_deviation
 
 Labels = Mapping[str, str]

@@ -14,7 +14,7 @@ from experiments.augment import normalize
 from experiments.configs import Figures
 from experiments.data import subset
 from experiments.data.dataset import Dataset, Split
-from experiments.figures.trained import Snapshot
+from experiments.figures.snapshots import Snapshot
 from experiments.inputs import Batch, Signature
 from experiments.network import make_network
 from experiments.recipes import Recipe
