@@ -13,8 +13,9 @@ import jax
 import tyro
 
 from experiments import arms, configs, recipes, tables
-from experiments.overrides import find, flat, parse, read
+from experiments.overrides import find, parse, read
 from experiments.quiet import quiet_libraries
+from experiments.ranges import flat
 
 COMMANDS = {
     "train": "cli:train", "compare": "cli:compare", "tune": "cli:tune", "study": "study:study",

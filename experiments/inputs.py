@@ -92,17 +92,18 @@ def signature_of(recipe: Recipe, data_dir: Path | None = None) -> Signature:
         shape = (recipe.image_size, recipe.image_size, 3)
         steps = imagenet.TRAINING_EXAMPLES // recipe.batch_size
         return Signature(shape, imagenet.NUM_CLASSES, imagenet.MEAN, imagenet.STD, steps)
-    return _signature(recipe, load(recipe, data_dir))
+    return signature_in_memory(recipe, load(recipe, data_dir))
 
 
-def _signature(recipe: Recipe, dataset: Dataset) -> Signature:
+def signature_in_memory(recipe: Recipe, dataset: Dataset) -> Signature:
+    """Shapes and moments of a data set that is loaded."""
     steps = len(dataset.train.labels) // recipe.batch_size
     return Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
 
 
 def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
     """The training split on every device, as uint8; an epoch's order is a function of seed and epoch."""
-    signature, examples = _signature(recipe, dataset), len(dataset.train.labels)
+    signature, examples = signature_in_memory(recipe, dataset), len(dataset.train.labels)
     steps = signature.steps_per_epoch
     if not steps:
         raise ValueError(f"{examples} training examples do not fill a batch of {recipe.batch_size}.")

@@ -22,9 +22,9 @@ from experiments.inputs import signature_of
 from experiments.interruptions import end_with_parent, held_back, raised
 from experiments.logs import EpochRow, read_epochs
 from experiments.optimizers import METHODS
-from experiments.overrides import flat
 from experiments.progress import Bar
 from experiments.quiet import quiet_libraries
+from experiments.ranges import flat
 from experiments.recipes import Recipe
 from experiments.train import train
 

@@ -6,9 +6,6 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import optax
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-from tensorboardX.summary import Summary
 
 from experiments import tables
 
@@ -69,12 +66,14 @@ class Log:
         rows = [row for row in read_epochs(self._path) if row.step <= step] if step else []
         tables.write(self._path, rows) if rows else tables.replace(self._path, "")
         if self._has_steps:
+            from tensorboardX.event_file_writer import EventsWriter  # here: many runs write none, and it takes a while
+
             path = folder / "steps.jsonl"
             lines = [line for line in read_steps(path) if line["step"] <= step] if step else []
             tables.replace(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._steps, self._events = path.open("a"), EventsWriter(str(folder / "events"))
             # What earlier files have of later steps does not count for TensorBoard.
-            self._write_event(step + 1, session_log=SessionLog(status=SessionLog.START))
+            self._write_event(step + 1, session_log={"status": 1})  # a start
         if wandb is not None:
             self._wandb = _start_wandb(wandb, folder, config)
 
@@ -94,14 +93,16 @@ class Log:
     def _add(self, group: str, values: dict[str, Any], step: int) -> None:
         known = {f"{group}/{name}": value for name, value in values.items() if name != "step" and value is not None}
         if self._has_steps:
-            scalars = [Summary.Value(tag=tag, simple_value=value) for tag, value in known.items()]
-            self._write_event(step, summary=Summary(value=scalars))
+            scalars = [{"tag": tag, "simple_value": value} for tag, value in known.items()]
+            self._write_event(step, summary={"value": scalars})
             self._events.flush()
         if self._wandb is not None:
             self._wandb.log(known, step=step)
 
     def _write_event(self, step: int, **what: Any) -> None:
         """Here and now, not in the background: an error of the disk reaches who adds it."""
+        from tensorboardX.proto.event_pb2 import Event
+
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))
 
     def __enter__(self) -> Self:

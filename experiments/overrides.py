@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import recipes, runs
 from experiments.names import unknown
-from experiments.ranges import flat as flat
+from experiments.ranges import flat
 from experiments.recipes import Recipe
 
 Changes = Mapping[str, Any]

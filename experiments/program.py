@@ -19,7 +19,8 @@ from experiments.inputs import Signature, select
 from experiments.judge import Judge, make_judge
 from experiments.network import LossFn, Network, make_network
 from experiments.optimizers import learning_rate, method_of, optimizer
-from experiments.overrides import changed, flat, from_settings
+from experiments.overrides import changed, from_settings
+from experiments.ranges import flat
 from experiments.recipes import Recipe
 
 TRACED = (

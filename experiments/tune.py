@@ -12,7 +12,8 @@ from experiments import arms, jobs, plots, ranges, runs, tables
 from experiments.configs import Run, Tune
 from experiments.jobs import Job
 from experiments.optimizers import METHODS
-from experiments.overrides import Changes, changed, flat
+from experiments.overrides import Changes, changed
+from experiments.ranges import flat
 from experiments.recipes import Recipe
 from experiments.tables import mean_and_deviation
 

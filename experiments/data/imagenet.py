@@ -16,7 +16,7 @@ import numpy as np
 from absl import flags
 from PIL import Image
 
-from experiments.data.source import find_builder, undamaged
+from experiments.data.source import examples, find_builder, undamaged
 
 NUM_CLASSES = 1000
 TRAINING_EXAMPLES = 1_281_167
@@ -80,10 +80,7 @@ class Reader:
 
     def classes_present(self, name: str, split: str) -> np.ndarray:
         """The classes that occur, ascending: 200 in ImageNet-R, among whose logits alone its accuracy is measured."""
-        source = self._source(name, split)
-        starts = range(0, len(source), 1000)
-        chunks = (source.__getitems__(list(range(start, min(start + 1000, len(source))))) for start in starts)
-        return np.unique([example["label"] for chunk in chunks for example in chunk])
+        return np.unique([example["label"] for example in examples(self._source(name, split))])
 
     def _source(self, name: str, split: str) -> Any:
         import tensorflow_datasets as tfds
@@ -92,17 +89,17 @@ class Reader:
         with undamaged(name, self.data_dir):
             return builder.as_data_source(split, decoders={"image": tfds.decode.SkipDecoding()})
 
-    def _batches(self, examples: grain.MapDataset[Batch], batch_size: int) -> grain.DatasetIterator[Batch]:
+    def _batches(self, dataset: grain.MapDataset[Batch], batch_size: int) -> grain.DatasetIterator[Batch]:
         """Each worker makes whole batches, every ``num_workers``-th, so that their number does not change the order."""
         if batch_size < 1 or batch_size % self.process_count:
             raise ValueError(f"A batch of {batch_size} cannot be shared equally by {self.process_count} processes.")
-        batches = examples.batch(batch_size // self.process_count, drop_remainder=True)
-        dataset = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
+        batches = dataset.batch(batch_size // self.process_count, drop_remainder=True)
+        stream = batches.to_iter_dataset(grain.ReadOptions(num_threads=2, prefetch_buffer_size=2))
         if self.num_workers:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # grain reads absl flags, which only an absl application parses
-            dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
-        return iter(dataset)
+            stream = stream.mp_prefetch(grain.MultiprocessingOptions(num_workers=self.num_workers))
+        return iter(stream)
 
 
 def train_example(element: dict[str, Any], rng: np.random.Generator, *, image_size: int) -> Batch:

@@ -73,6 +73,12 @@ def undamaged(name: str, data_dir: str | Path | None = None) -> Iterator[None]:
         ) from error
 
 
+def examples(source: Any) -> Iterator[dict[str, Any]]:
+    """All examples of a source, in order, a thousand at once: far quicker than one by one."""
+    for start in range(0, len(source), 1000):
+        yield from source.__getitems__(list(range(start, min(start + 1000, len(source)))))
+
+
 def read(batches: Iterable[T], name: str, data_dir: str | Path | None = None) -> Iterator[T]:
     """The batches, with the errors of :func:`undamaged`; worker processes that make them do not hear Ctrl-C."""
     with undamaged(name, data_dir):

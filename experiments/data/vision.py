@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 
 from experiments.data.dataset import Dataset, Split
-from experiments.data.source import find_builder, undamaged
+from experiments.data.source import examples, find_builder, undamaged
 from experiments.names import unknown
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
 
-_READ_AT_ONCE = 1000
 _ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")  # of a file in the cache
 
 
@@ -51,10 +50,8 @@ def channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float,
 
 
 def _decode(builder: Any, split: str) -> Split:
-    source = builder.as_data_source(split)
-    parts = (range(len(source))[start : start + _READ_AT_ONCE] for start in range(0, len(source), _READ_AT_ONCE))
-    examples = [example for part in parts for example in source.__getitems__(list(part))]  # far quicker than one by one
-    images, labels = ([example[name] for example in examples] for name in ("image", "label"))
+    pairs = [(example["image"], example["label"]) for example in examples(builder.as_data_source(split))]
+    images, labels = zip(*pairs, strict=True)
     return Split(np.array(images, np.uint8), np.array(labels, np.int32))
 
 

@@ -18,7 +18,7 @@ from experiments.figures import measures
 from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
 from experiments.figures.snapshots import Trained, find_runs, snapshots
-from experiments.inputs import load, signature_of
+from experiments.inputs import load, signature_in_memory
 
 CURVATURE, RATIO, SURFACE = "curvature.csv", "ratio.csv", "surface.csv"
 
@@ -72,7 +72,8 @@ def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvat
     losses = None  # the same for all runs, and so compiled once
     first_seed = min(run.recipe.seed for run in trained)
     for run in sorted(trained, key=lambda run: run.recipe.seed):
-        data, signature = load(run.recipe), signature_of(run.recipe)
+        data = load(run.recipe)
+        signature = signature_in_memory(run.recipe, data)
         losses = losses or measures.losses_of(run.recipe, signature)
         kept = snapshots(run, signature, settings.epochs)
         train = measures.examples(data.train, settings.train_examples, data)
