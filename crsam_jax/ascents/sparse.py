@@ -171,12 +171,21 @@ def _masked(direction: Any, mask: Any) -> Any:
 def _flatten(leaves: list[jax.Array], dtype: DTypeLike = jnp.float32) -> jax.Array:
     if not leaves:
         return jnp.zeros(0, dtype)
-    return jnp.concatenate([jnp.ravel(leaf) for leaf in leaves])
+    return jnp.concatenate([jnp.ravel(_gathered(leaf)) for leaf in leaves])
+
+
+def _gathered(leaf: jax.Array) -> jax.Array:
+    """The leaf on every device if explicit mesh axes divide it: the order of all elements needs all of them."""
+    return jax.sharding.reshard(leaf, jax.sharding.PartitionSpec()) if trees.is_sharded(leaf) else leaf
 
 
 def _unflatten(flat: jax.Array, like: list[jax.Array], structure: Any) -> Any:
     parts, start = [], 0
     for leaf in like:
-        parts.append(flat[start : start + leaf.size].reshape(leaf.shape))
+        part = flat[start : start + leaf.size].reshape(leaf.shape)
+        if trees.is_sharded(leaf):
+            kind: Any = jax.typeof(leaf)
+            part = jax.sharding.reshard(part, kind.sharding)
+        parts.append(part)
         start += leaf.size
     return jax.tree.unflatten(structure, parts)

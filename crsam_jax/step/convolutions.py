@@ -58,10 +58,10 @@ def canonical_convolutions(fn: _Function) -> _Function:
 
 def _rewritten(value: Any) -> Any:
     """A program with its convolutions replaced, those of the programs in its equations' parameters too."""
+    if isinstance(value, core.Jaxpr):  # asked first: from jax 0.12 on a ClosedJaxpr is a Jaxpr, with itself as .jaxpr
+        return value.replace(eqns=[_rewritten_equation(equation) for equation in value.eqns])
     if isinstance(value, core.ClosedJaxpr):
         return value.replace(jaxpr=_rewritten(value.jaxpr))
-    if isinstance(value, core.Jaxpr):
-        return value.replace(eqns=[_rewritten_equation(equation) for equation in value.eqns])
     if isinstance(value, (tuple, list)) and not hasattr(value, "_fields"):
         return type(value)(_rewritten(item) for item in value)
     return value

@@ -79,6 +79,13 @@ def _after(first: Any, then: Params) -> tuple[Any, Params]:
     One element of each leaf of ``first`` has to be there. No maximum of absolute values is −1, which the compiler does
     not know (it does know that none is below 0).
     """
-    elements = [jnp.ravel(leaf)[:1].astype(jnp.float32) for leaf in jax.tree.leaves(first)]
-    never = jnp.max(jnp.abs(jnp.concatenate(elements)), initial=0) == -1
+    elements = [_element(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(first)]
+    never = jnp.max(jnp.abs(jnp.stack(elements)), initial=0) == -1
     return first, jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)
+
+
+def _element(leaf: jax.Array) -> jax.Array:
+    """A scalar that needs the leaf: one element, or the sum of a leaf that explicit mesh axes divide."""
+    if leaf.size == 0 or trees.is_sharded(leaf):  # a divided leaf cannot be sliced; the sum of nothing is 0
+        return jnp.sum(leaf)
+    return jnp.ravel(leaf)[0]

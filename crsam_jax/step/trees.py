@@ -77,13 +77,23 @@ def sums(terms: Callable[..., Sequence[jax.Array]], *trees: Params) -> list[jax.
     """
     dtype = wide_dtype(*trees)
     rows = [[jnp.asarray(leaf, dtype) for leaf in row] for row in zip(*map(jax.tree.leaves, trees), strict=True)]
-    small = [row for row in rows if row[0].size <= _SMALL] or [[jnp.zeros(0, dtype)] * len(trees)]
-    large = [row for row in rows if row[0].size > _SMALL]
-    parts = [[_folded(term) for term in terms(*row)] for row in large]
+    # A leaf with a sharding of its own cannot be joined with others: it is summed up by itself, to a scalar.
+    sharded = [row for row in rows if any(map(is_sharded, row))]
+    whole = [row for row in rows if not any(map(is_sharded, row))]
+    small = [row for row in whole if row[0].size <= _SMALL] or [[jnp.zeros(0, dtype)] * len(trees)]
+    large = [row for row in whole if row[0].size > _SMALL]
+    parts = [[jnp.sum(term) for term in terms(*row)] for row in sharded]
+    parts += [[_folded(term) for term in terms(*row)] for row in large]
     parts.append(list(terms(*(_joined(column) for column in zip(*small, strict=True)))))
     # Without the barrier XLA splits the sum of the joined leaves up again, into one kernel for each leaf and term.
     joined = jax.lax.optimization_barrier([_joined(column) for column in zip(*parts, strict=True)])
     return [jnp.sum(column) for column in joined]
+
+
+def is_sharded(leaf: jax.Array) -> bool:
+    """Whether the type of a leaf says that explicit mesh axes divide it, so that it cannot be sliced or joined."""
+    kind: Any = jax.typeof(leaf)
+    return any(axis is not None for axis in kind.sharding.spec)
 
 
 def norm(tree: Params) -> jax.Array:

@@ -1,0 +1,91 @@
+"""Sharded params on explicit meshes, which `jax.make_mesh` makes by default: they trace and equal one device."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding, PartitionSpec
+
+import crsam_jax
+
+P = PartitionSpec
+LAYOUTS = {
+    "fsdp": {"hidden": P("data", None), "bias": P(), "large": P("data", None)},
+    "tensor-parallel": {"hidden": P(None, "data"), "bias": P("data"), "large": P(None, "data")},
+    "mixed": {"hidden": P("data", None), "bias": P("data"), "large": P(None, "data")},
+    "replicated": {"hidden": P(), "bias": P(), "large": P()},
+}
+METHODS = {
+    "sam": crsam_jax.sam,
+    "asam": crsam_jax.asam,
+    "rsam": crsam_jax.rsam,
+    "gsam": crsam_jax.gsam,
+    "wsam": crsam_jax.wsam,
+    "gradient_norm_penalty": crsam_jax.gradient_norm_penalty,
+    "decoupled_wsam": lambda loss: crsam_jax.decoupled_wsam(loss, optax.sgd(0.1), 0.1),
+    "crsam": crsam_jax.crsam,
+    "crsam, sequential": lambda loss: crsam_jax.crsam(loss, execution=crsam_jax.Execution(strategy="sequential")),
+    "crsam, vmap": lambda loss: crsam_jax.crsam(loss, execution=crsam_jax.Execution(strategy="vmap")),
+    "crsam, random probes": lambda loss: crsam_jax.crsam(loss, probes=crsam_jax.random_probes(2)),
+    "sam, masked": lambda loss: crsam_jax.sam(loss, mask={"hidden": True, "bias": False, "large": True}),
+    "sam, ascent only": lambda loss: crsam_jax.sam(loss, ascent_only=True),
+    "friendly": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.friendly_ascent()),
+    "momentum": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.momentum_ascent()),
+    "dynamic sparse": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dynamic_sparse_ascent(update_every=1)),
+    "dropped": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dropped_ascent()),
+    "periodic": lambda loss: crsam_jax.periodic(crsam_jax.crsam(loss), 2),
+    "look": lambda loss: crsam_jax.look(crsam_jax.sam(loss), 2),
+    "late": lambda loss: crsam_jax.late(crsam_jax.sam(loss), 1),
+    "adaptive_policy": lambda loss: crsam_jax.adaptive_policy(crsam_jax.sam(loss)),
+    "msam": lambda loss: crsam_jax.msam(optax.sgd(0.1)),
+    "s2sam": lambda loss: crsam_jax.s2sam(optax.sgd(0.1)),
+}
+
+
+def loss_fn(params, x):
+    if jax.sharding.get_abstract_mesh().axis_names:  # gathers its own weights, as FSDP does
+        params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), params)
+    y = jnp.tanh(x @ params["hidden"] + params["bias"])
+    return jnp.mean(y**2) + jnp.mean(params["large"] ** 2)
+
+
+def initial_params():
+    return {
+        "hidden": jnp.linspace(-1, 1, 16 * 32, dtype=jnp.float32).reshape(16, 32),
+        "bias": jnp.linspace(0.1, 0.2, 32, dtype=jnp.float32),
+        "large": jnp.linspace(-1, 1, 128 * 256, dtype=jnp.float32).reshape(128, 256),  # too large to be joined
+    }
+
+
+def two_steps(make, params, x):
+    tx = optax.with_extra_args_support(make(loss_fn))
+
+    @jax.jit
+    def step(params, state, x):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = tx.update(grads, state, params, loss=loss, x=x)
+        return jax.tree.map(jnp.add, params, updates), state
+
+    state = tx.init(params)
+    for _ in range(2):
+        params, state = step(params, state, x)
+    return params
+
+
+@pytest.mark.parametrize("devices", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", METHODS)
+def test_sharded_params_trace_and_equal_one_device(name, devices):
+    if len(jax.devices()) < devices:
+        pytest.skip(f"needs {devices} devices")
+    params, x = initial_params(), jnp.linspace(0, 1, 8 * 16, dtype=jnp.float32).reshape(8, 16)
+    expected = two_steps(METHODS[name], params, x)
+    mesh = jax.make_mesh((devices,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    layouts = LAYOUTS if devices == 2 else {"mixed": LAYOUTS["mixed"]}
+    for layout, specs in layouts.items():
+        with jax.set_mesh(mesh):
+            sharded = {key: jax.device_put(leaf, NamedSharding(mesh, specs[key])) for key, leaf in params.items()}
+            found = two_steps(METHODS[name], sharded, jax.device_put(x, NamedSharding(mesh, P())))
+            for key, leaf in found.items():
+                assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[key]), leaf.ndim), (layout, key)
+                np.testing.assert_allclose(np.asarray(leaf), expected[key], rtol=1e-5, atol=1e-6, err_msg=layout)
