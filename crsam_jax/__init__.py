@@ -10,6 +10,7 @@
 
 import importlib.metadata
 
+from crsam_jax._sharpened import sharpened
 from crsam_jax.ascents.adaptive import adaptive_ascent
 from crsam_jax.ascents.ascent import Ascent, gradient_ascent, masked_ascent
 from crsam_jax.ascents.noisy import dropped_ascent, smoothed_ascent
@@ -99,6 +100,7 @@ __all__ = [
     "rsam",
     "s2sam",
     "sam",
+    "sharpened",
     "sharpness_aware",
     "smoothed_ascent",
     "sparse_ascent",

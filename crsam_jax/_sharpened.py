@@ -1,0 +1,169 @@
+"""A loss whose gradient is a method's, for training code that passes nothing but gradients to the optimizer."""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from crsam_jax.members.crsam import crsam
+from crsam_jax.step import trees
+from crsam_jax.step.diagnostics import RandomProbesDiagnostics
+from crsam_jax.step.transformation import SharpnessAwareState
+
+Method = Callable[..., optax.GradientTransformationExtraArgs]
+
+
+def sharpened(
+    loss_fn: Callable[..., Any], method: Method = crsam, *, argnums: int = 0, has_aux: bool = False, **settings: Any
+) -> Callable[..., Any]:
+    """A function with the value of ``loss_fn`` whose gradient is that of a sharpness-aware method.
+
+    Use it where the training code calls ``jax.value_and_grad(loss_fn)`` itself and passes only gradients to the
+    optimizer. Loss scaling, added penalties, sums over micro-batches and a mean over devices work on its gradient as
+    usual; each micro-batch or device then has its own perturbation (m-sharpness).
+
+    Evaluating it costs one evaluation of ``loss_fn``; differentiating it costs as much as the method does. There are no
+    diagnostics and no memory between steps: for those use the method as an optax stage.
+
+    Args:
+      loss_fn: ``loss_fn(*args, **kwargs) -> loss``, a real floating scalar, or ``(loss, aux)`` with ``has_aux=True``.
+        It must be pure: split an nnx module into its parts and pass them as arguments.
+      method: the constructor of an optax stage without memory: :func:`sam`, :func:`asam`, :func:`gsam`, :func:`wsam`,
+        :func:`gradient_norm_penalty` or :func:`crsam`.
+      argnums: which positional argument holds the params. The gradient with respect to other arguments is the plain
+        gradient of ``loss_fn``.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux is that of the evaluation at w, and a constant for
+        differentiation.
+      **settings: the method's settings. Numbers may be traced, so a schedule is called in the step:
+        ``rho=schedule(step)``.
+
+    Returns:
+      A function with the arguments, the value and the aux of ``loss_fn``.
+
+    Raises:
+      TypeError: if an argument is wrong; if a setting is a schedule; if the function is differentiated twice.
+      ValueError: if the method remembers something between steps, or draws random numbers for each step.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, crsam_jax
+      >>> loss_fn = lambda w: 0.5 * jnp.sum(w**2)
+      >>> sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, rho=0.5)
+      >>> loss, gradient = jax.value_and_grad(sharp)(jnp.array([3.0, 4.0]))
+      >>> print(loss, gradient)  # L(w), and w + 0.5 w/‖w‖
+      12.5 [3.3 4.4]
+    """
+    if not callable(loss_fn):
+        raise TypeError(f"loss_fn must be callable, got {loss_fn!r}.")
+    if isinstance(method, optax.GradientTransformation) or not callable(method):
+        raise TypeError(f"method must be a constructor, as in sharpened(loss_fn, crsam_jax.sam); got {method!r}.")
+    if isinstance(argnums, bool) or not isinstance(argnums, int) or argnums < 0:
+        raise TypeError(f"argnums must be the position of params, a whole number; got {argnums!r}.")
+    _refuse_schedules(settings)
+
+    @functools.wraps(loss_fn)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if argnums >= len(args):
+            raise TypeError(f"argnums={argnums}, but the loss was called with {len(args)} positional arguments.")
+        inputs = [*args[:argnums], None, *args[argnums + 1 :]], kwargs, settings
+        arrays, merge = _partitioned(inputs)
+
+        def loss_at(params: Any, arrays: Any) -> Any:
+            (positional, named, _) = merge(arrays)
+            return loss_fn(*positional[:argnums], params, *positional[argnums + 1 :], **named)
+
+        return _with_gradient_of(method, loss_at, lambda arrays: merge(arrays)[2], has_aux)(args[argnums], arrays)
+
+    return wrapped
+
+
+def _with_gradient_of(method: Method, loss_at: Any, settings_of: Any, has_aux: bool) -> Callable[..., Any]:
+    """``loss_at(params, arrays)``, differentiated with respect to params by the method.
+
+    Every array is an argument: the derivative may be taken behind ``jit`` or ``scan``, after the call has returned.
+    """
+    value = jax.custom_jvp(loss_at)
+
+    @functools.partial(value.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> Any:
+        (params, arrays), (change, other_changes) = primals, tangents
+        outputs, grads = jax.value_and_grad(loss_at, has_aux=has_aux)(params, arrays)
+        loss = outputs[0] if has_aux else outputs
+        at = (lambda w: loss_at(w, arrays)[0]) if has_aux else (lambda w: loss_at(w, arrays))
+        stage = method(at, **settings_of(arrays))
+        state = stage.init(params)
+        _refuse_memory(method, state)
+        gradient = _differentiated_once(stage.update(grads, state, params, loss=loss)[0])
+        tangent = trees.dot(gradient, jax.tree.map(_dense, change, is_leaf=_is_zero)).astype(loss.dtype)
+        if not all(map(_is_zero, jax.tree.leaves(other_changes, is_leaf=_is_zero))):
+            along = jax.tree.map(_dense, other_changes, is_leaf=_is_zero)
+            plain = (lambda a: loss_at(params, a)[0]) if has_aux else (lambda a: loss_at(params, a))
+            tangent = tangent + jax.jvp(plain, (arrays,), (along,))[1]
+        return outputs, (tangent, jax.tree.map(_no_change, outputs[1])) if has_aux else tangent
+
+    return value
+
+
+@jax.custom_jvp
+def _differentiated_once(gradient: Any) -> Any:
+    return gradient
+
+
+@_differentiated_once.defjvp
+def _(primals: Any, tangents: Any) -> Any:
+    del primals, tangents
+    raise TypeError(
+        "A sharpened loss can be differentiated once: its gradient is a method's, which is no function's derivative. "
+        "For a Hessian differentiate loss_fn itself."
+    )
+
+
+def _partitioned(inputs: Any) -> tuple[list[Any], Callable[[list[Any]], Any]]:
+    """The arrays of a tree, and the function that puts arrays back into their places."""
+    leaves, structure = jax.tree.flatten(inputs)
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, (jax.Array, np.ndarray))]
+
+    def merge(arrays: list[Any]) -> Any:
+        filled = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            filled[place] = array
+        return jax.tree.unflatten(structure, filled)
+
+    return [leaves[i] for i in places], merge
+
+
+def _is_zero(tangent: Any) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+
+
+def _dense(tangent: Any) -> Any:
+    return _no_change(tangent) if _is_zero(tangent) else tangent
+
+
+def _no_change(leaf: Any) -> Any:
+    """A tangent of zeros; that of integers and keys has no data."""
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    return np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _refuse_schedules(settings: dict[str, Any]) -> None:
+    for name, value in settings.items():
+        if callable(value) and name not in ("mask", "adaptive"):
+            raise TypeError(
+                f"{name} is a function, but a loss counts no steps: call the schedule in your step, "
+                f"{name}=schedule(step), or use the method as an optax stage."
+            )
+
+
+def _refuse_memory(method: Method, state: Any) -> None:
+    is_plain = isinstance(state, SharpnessAwareState) and not jax.tree.leaves(state.ascent)
+    if not is_plain or isinstance(state.diagnostics, RandomProbesDiagnostics):
+        name = getattr(method, "__name__", repr(method))
+        raise ValueError(
+            f"{name} with these settings carries a state from step to step, which a loss cannot keep. Use it as a "
+            f"stage of the optimizer: optax.chain(crsam_jax.{name}(loss_fn, ...), optimizer)."
+        )

@@ -1,0 +1,131 @@
+"""`sharpened`: the value of the loss, the gradient of the optax stage."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import crsam_jax
+from crsam_jax import sharpened
+
+METHODS = {
+    "sam": (crsam_jax.sam, dict(rho=0.3)),
+    "asam": (crsam_jax.asam, dict(rho=0.3)),
+    "gsam": (crsam_jax.gsam, dict(rho=0.3)),
+    "wsam": (crsam_jax.wsam, dict(rho=0.3)),
+    "gradient_norm_penalty": (crsam_jax.gradient_norm_penalty, dict(rho=0.3)),
+    "crsam": (crsam_jax.crsam, dict(rho=0.3, alpha=0.2, beta=0.1)),
+    "crsam, linear": (crsam_jax.crsam, dict(rho=0.3, alpha=0.2, beta=0.1, penalty="linear")),
+    "sam, masked": (crsam_jax.sam, dict(rho=0.3, mask={"a": True, "b": False})),
+}
+
+
+def loss_fn(params, x, y):
+    return jnp.mean((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2)
+
+
+def with_aux(params, x, y):
+    return loss_fn(params, x, y), {"step": jnp.int32(3), "mean": jnp.mean(x)}
+
+
+@pytest.fixture
+def problem():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"a": jax.random.normal(keys[0], (4, 5)), "b": jax.random.normal(keys[1], (5, 2))}
+    return params, jax.random.normal(keys[2], (8, 4)), jax.random.normal(keys[3], (8, 2))
+
+
+def by_stage(method, settings, params, x, y):
+    tx = method(loss_fn, **settings)
+    loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+    return loss, tx.update(grads, tx.init(params), params, loss=loss, x=x, y=y)[0]
+
+
+def assert_equal(found, expected, rtol=1e-5):
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=rtol, atol=1e-7), found, expected)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_value_and_gradient_are_those_of_the_stage(name, problem):
+    method, settings = METHODS[name]
+    sharp = sharpened(loss_fn, method, **settings)
+    expected = by_stage(method, settings, *problem)
+    assert_equal(jax.value_and_grad(sharp)(*problem), expected)
+    assert_equal(jax.jit(jax.value_and_grad(sharp))(*problem), expected)
+    assert_equal(jax.value_and_grad(jax.jit(sharp))(*problem), expected)
+
+
+def test_aux_keywords_and_another_argnum(problem):
+    params, x, y = problem
+    _, expected = by_stage(crsam_jax.crsam, {}, *problem)
+    (loss, aux), grads = jax.value_and_grad(sharpened(with_aux, has_aux=True), has_aux=True)(params, x, y=y)
+    assert_equal((loss, grads), (loss_fn(*problem), expected))
+    assert aux["step"] == 3
+    swapped = sharpened(lambda x, params, y: loss_fn(params, x, y), argnums=1)
+    assert_equal(jax.grad(swapped, argnums=1)(x, params, y), expected)
+
+
+def test_a_traced_radius_scale_and_penalty(problem):
+    _, expected = by_stage(crsam_jax.sam, dict(rho=0.2), *problem)
+
+    @functools.partial(jax.jit, static_argnums=())
+    def gradient(params, x, y, rho):
+        sharp = jax.jit(sharpened(loss_fn, crsam_jax.sam, rho=rho))
+        return jax.grad(lambda w: 8.0 * sharp(w, x, y) + 0.5 * jnp.sum(w["a"] ** 2))(params)
+
+    found = gradient(*problem, jnp.float32(0.2))
+    params = problem[0]
+    assert_equal(found, {"a": 8 * expected["a"] + params["a"], "b": 8 * expected["b"]})
+
+
+def test_a_sum_over_micro_batches_gives_each_its_own_perturbation(problem):
+    params, x, y = problem
+    sharp = sharpened(loss_fn, crsam_jax.crsam, rho=0.3)
+    parts = x.reshape(2, 4, 4), y.reshape(2, 4, 2)
+
+    def total(params):
+        return jax.lax.scan(lambda sum_, part: (sum_ + sharp(params, *part), None), 0.0, parts)[0] / 2
+
+    halves = [by_stage(crsam_jax.crsam, dict(rho=0.3), params, x[i : i + 4], y[i : i + 4])[1] for i in (0, 4)]
+    assert_equal(jax.grad(total)(params), jax.tree.map(lambda a, b: (a + b) / 2, *halves))
+
+
+def test_other_arguments_have_the_plain_gradient_and_forward_mode_agrees(problem):
+    params, x, y = problem
+    sharp = sharpened(loss_fn, crsam_jax.sam, rho=0.3)
+    assert_equal(jax.grad(sharp, argnums=1)(*problem), jax.grad(loss_fn, argnums=1)(*problem))
+    ones = jax.tree.map(jnp.ones_like, params)
+    _, change = jax.jvp(lambda w: sharp(w, x, y), (params,), (ones,))
+    expected = sum(jnp.sum(g) for g in jax.tree.leaves(jax.grad(sharp)(*problem)))
+    np.testing.assert_allclose(change, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["sam", "crsam"])
+def test_it_costs_what_the_stage_costs(name, problem):
+    method, settings = METHODS[name]
+
+    def dots(fn):
+        return len(re.findall(r" dot\(", jax.jit(fn).lower(*problem).compile().as_text()))
+
+    sharp = sharpened(loss_fn, method, **settings)
+    assert dots(jax.value_and_grad(sharp)) == dots(functools.partial(by_stage, method, settings)) > 0
+    assert dots(sharp) == dots(loss_fn)
+
+
+def test_what_it_cannot_do_is_said(problem):
+    with pytest.raises(TypeError, match="differentiated once"):
+        jax.hessian(sharpened(loss_fn, crsam_jax.sam))(*problem)
+    with pytest.raises(TypeError, match=r"rho=schedule\(step\)"):
+        sharpened(loss_fn, rho=optax.constant_schedule(0.1))
+    with pytest.raises(TypeError, match="constructor"):
+        sharpened(loss_fn, crsam_jax.sam(loss_fn))
+    with pytest.raises(ValueError, match="stage of the optimizer"):
+        jax.grad(sharpened(loss_fn, crsam_jax.rsam))(*problem)
+    with pytest.raises(ValueError, match="stage of the optimizer"):
+        jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.friendly_ascent()))(*problem)
+    with pytest.raises(ValueError, match="stage of the optimizer"):
+        jax.grad(sharpened(loss_fn, probes=crsam_jax.random_probes()))(*problem)
