@@ -61,7 +61,8 @@ def load(data):
 
     def read(split):
         source = tfds.data_source(data, split=split, data_dir=os.environ.get("TFDS_DATA_DIR"))
-        rows = [row for some in np.array_split(np.arange(len(source)), 100) for row in source.__getitems__(some)]
+        parts = np.array_split(np.arange(len(source)), 100)
+        rows = [row for part in parts for row in source.__getitems__(part.tolist())]
         return np.float32([row["image"] for row in rows]) / 127.5 - 1, np.int32([row["label"] for row in rows])
 
     return read("train"), read("test")
@@ -113,13 +114,12 @@ class ResNet(nnx.Module):
     def __init__(self, channels, classes, width, blocks, dtype, rngs):
         self.stem = nnx.Conv(channels, width, (3, 3), use_bias=False, dtype=dtype, rngs=rngs)
         sizes = [width] + [width * 2**stage for stage in range(3) for _ in range(blocks)]
-        self.blocks = nnx.List([Block(a, b, 1 if a == b else 2, dtype, rngs) for a, b in itertools.pairwise(sizes)])
+        blocks = [Block(a, b, 1 if a == b else 2, dtype, rngs) for a, b in itertools.pairwise(sizes)]
+        self.blocks = nnx.Sequential(*blocks)
         self.output = nnx.Linear(sizes[-1], classes, rngs=rngs)
 
     def __call__(self, x):
-        x = self.stem(x)
-        for block in self.blocks:
-            x = block(x)
+        x = self.blocks(self.stem(x))
         return self.output(x.mean(axis=(1, 2)).astype(jnp.float32))  # logits and loss in float32
 
 
