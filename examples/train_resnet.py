@@ -1,6 +1,6 @@
 """Trains a ResNet with CR-SAM: flax nnx, BatchNorm, bfloat16, SGD, and as many devices as there are.
 
-python examples/train_resnet.py                  # scikit-learn's digits, a minute on a laptop
+python examples/train_resnet.py                  # scikit-learn's digits
 python examples/train_resnet.py --data cifar10 --width 64 --blocks 2 --steps 78000 --learning_rate 0.1
 
 CIFAR comes from tensorflow-datasets and its folder TFDS_DATA_DIR. The same command continues an interrupted run.
