@@ -36,8 +36,8 @@ def sharpened(
         :func:`gradient_norm_penalty` or :func:`crsam`.
       argnums: which positional argument holds the params. The gradient with respect to other arguments is the plain
         gradient of ``loss_fn``.
-      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux is that of the evaluation at w, and a constant for
-        differentiation.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux is that of the evaluation at w. Its
+        gradient is the plain one, so a penalty that is added from it counts.
       **settings: the method's settings. Numbers may be traced, so a schedule is called in the step:
         ``rho=schedule(step)``.
 
@@ -102,9 +102,17 @@ def _with_gradient_of(method: Method, loss_at: Any, settings_of: Any, has_aux: b
             along = jax.tree.map(_dense, other_changes, is_leaf=_is_zero)
             plain = (lambda a: loss_at(params, a)[0]) if has_aux else (lambda a: loss_at(params, a))
             tangent = tangent + jax.jvp(plain, (arrays,), (along,))[1]
-        return outputs, (tangent, jax.tree.map(_no_change, outputs[1])) if has_aux else tangent
+        if not has_aux:
+            return outputs, tangent
+        along = jax.tree.map(_dense, (change, other_changes), is_leaf=_is_zero)
+        return outputs, (tangent, _aux_change(lambda *at: loss_at(*at)[1], (params, arrays), along))
 
     return value
+
+
+def _aux_change(aux_at: Any, point: Any, along: Any) -> Any:
+    """The plain derivative of the aux; whoever does not differentiate the aux does not pay for it."""
+    return jax.checkpoint(lambda point, along: jax.jvp(aux_at, point, along)[1])(point, along)
 
 
 @jax.custom_jvp

@@ -129,3 +129,51 @@ def test_what_it_cannot_do_is_said(problem):
         jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.friendly_ascent()))(*problem)
     with pytest.raises(ValueError, match="stage of the optimizer"):
         jax.grad(sharpened(loss_fn, probes=crsam_jax.random_probes()))(*problem)
+
+
+def test_a_penalty_from_the_aux_has_its_plain_gradient():
+    fn = lambda w: (0.5 * jnp.sum(w**2), (jnp.sum(w**2), jnp.int32(2), jnp.ones(3)))
+    sharp = sharpened(fn, crsam_jax.sam, has_aux=True, rho=0.5)
+
+    def total(w):
+        loss, (penalty, _, _) = sharp(w)
+        return loss + 0.1 * penalty
+
+    w = jnp.array([3.0, 4.0])
+    np.testing.assert_allclose(jax.grad(total)(w), [3.3 + 0.6, 4.4 + 0.8], rtol=1e-6)
+    np.testing.assert_allclose(jax.jit(jax.grad(total))(w), [3.9, 5.2], rtol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["sam", "crsam"])
+def test_an_aux_costs_nothing_more(name, problem):
+    method, settings = METHODS[name]
+
+    def aux_of_the_network(params, x, y):
+        hidden = jnp.tanh(x @ params["a"]) @ params["b"]
+        return jnp.mean((hidden - y) ** 2), {"logits": hidden, "count": jnp.int32(1)}
+
+    def dots(fn):
+        return len(re.findall(r" dot\(", jax.jit(fn).lower(*problem).compile().as_text()))
+
+    sharp = sharpened(aux_of_the_network, method, has_aux=True, **settings)
+    found = dots(jax.value_and_grad(sharp, has_aux=True))
+    assert found == dots(functools.partial(by_stage, method, settings)) > 0
+
+
+def test_inside_shard_map_each_device_has_its_own_perturbation(problem):
+    if len(jax.devices()) < 2:
+        pytest.skip("needs 2 devices")
+    params, x, y = problem
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+    spec, whole = jax.sharding.PartitionSpec("data"), jax.sharding.PartitionSpec()
+    sharp = sharpened(loss_fn, crsam_jax.crsam, rho=0.3)
+    halves = [by_stage(crsam_jax.crsam, dict(rho=0.3), params, x[i : i + 4], y[i : i + 4])[1] for i in (0, 4)]
+    expected = jax.tree.map(lambda a, b: (a + b) / 2, *halves)
+
+    @jax.jit
+    @functools.partial(jax.shard_map, mesh=mesh, in_specs=(whole, spec, spec), out_specs=whole)
+    def mean_gradient(params, x, y):
+        params = jax.tree.map(lambda leaf: jax.lax.pcast(leaf, "data", to="varying"), params)
+        return jax.lax.pmean(jax.grad(sharp)(params, x, y), "data")
+
+    assert_equal(mean_gradient(params, x, y), expected)
