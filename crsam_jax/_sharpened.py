@@ -20,7 +20,7 @@ Method = Callable[..., optax.GradientTransformationExtraArgs]
 def sharpened(
     loss_fn: Callable[..., Any], method: Method = crsam, *, argnums: int = 0, has_aux: bool = False, **settings: Any
 ) -> Callable[..., Any]:
-    """A function with the value of ``loss_fn`` whose gradient is that of a sharpness-aware method.
+    """A function with the value of ``loss_fn`` and the gradient of a sharpness-aware method.
 
     Use it where the training code calls ``jax.value_and_grad(loss_fn)`` itself and passes only gradients to the
     optimizer. Loss scaling, added penalties, sums over micro-batches and a mean over devices work on its gradient as
@@ -36,8 +36,8 @@ def sharpened(
         :func:`gradient_norm_penalty` or :func:`crsam`.
       argnums: which positional argument holds the params. The gradient with respect to other arguments is the plain
         gradient of ``loss_fn``.
-      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux is that of the evaluation at w. Its
-        gradient is the plain one, so a penalty that is added from it counts.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux comes from the evaluation at w. Its gradient
+        is the plain one, so a penalty that is added from it counts.
       **settings: the method's settings. Numbers may be traced, so a schedule is called in the step:
         ``rho=schedule(step)``.
 
@@ -71,41 +71,41 @@ def sharpened(
         inputs = [*args[:argnums], None, *args[argnums + 1 :]], kwargs, settings
         arrays, merge = _partitioned(inputs)
 
-        def loss_at(params: Any, arrays: Any) -> Any:
-            (positional, named, _) = merge(arrays)
-            return loss_fn(*positional[:argnums], params, *positional[argnums + 1 :], **named)
+        def loss_and_aux(params: Any, arrays: Any) -> tuple[Any, Any]:
+            positional, named, _ = merge(arrays)
+            result = loss_fn(*positional[:argnums], params, *positional[argnums + 1 :], **named)
+            return result if has_aux else (result, None)
 
-        return _with_gradient_of(method, loss_at, lambda arrays: merge(arrays)[2], has_aux)(args[argnums], arrays)
+        loss, aux = _with_gradient_of(method, loss_and_aux, lambda arrays: merge(arrays)[2])(args[argnums], arrays)
+        return (loss, aux) if has_aux else loss
 
     return wrapped
 
 
-def _with_gradient_of(method: Method, loss_at: Any, settings_of: Any, has_aux: bool) -> Callable[..., Any]:
-    """``loss_at(params, arrays)``, differentiated with respect to params by the method.
+def _with_gradient_of(method: Method, loss_and_aux: Any, settings_of: Any) -> Callable[..., Any]:
+    """``loss_and_aux(params, arrays)``, whose loss is differentiated with respect to params by the method.
 
     Every array is an argument: the derivative may be taken behind ``jit`` or ``scan``, after the call has returned.
     """
-    value = jax.custom_jvp(loss_at)
+    value = jax.custom_jvp(loss_and_aux)
+
+    def loss_at(params: Any, arrays: Any) -> Any:
+        return loss_and_aux(params, arrays)[0]
 
     @functools.partial(value.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
-        (params, arrays), (change, other_changes) = primals, tangents
-        outputs, grads = jax.value_and_grad(loss_at, has_aux=has_aux)(params, arrays)
-        loss = outputs[0] if has_aux else outputs
-        at = (lambda w: loss_at(w, arrays)[0]) if has_aux else (lambda w: loss_at(w, arrays))
-        stage = method(at, **settings_of(arrays))
+        params, arrays = primals
+        change, other_changes = jax.tree.map(_dense, tangents, is_leaf=_is_zero)
+        (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, arrays)
+        stage = method(lambda w: loss_at(w, arrays), **settings_of(arrays))
         state = stage.init(params)
         _refuse_memory(method, state)
         gradient = _differentiated_once(stage.update(grads, state, params, loss=loss)[0])
-        tangent = trees.dot(gradient, jax.tree.map(_dense, change, is_leaf=_is_zero)).astype(loss.dtype)
-        if not all(map(_is_zero, jax.tree.leaves(other_changes, is_leaf=_is_zero))):
-            along = jax.tree.map(_dense, other_changes, is_leaf=_is_zero)
-            plain = (lambda a: loss_at(params, a)[0]) if has_aux else (lambda a: loss_at(params, a))
-            tangent = tangent + jax.jvp(plain, (arrays,), (along,))[1]
-        if not has_aux:
-            return outputs, tangent
-        along = jax.tree.map(_dense, (change, other_changes), is_leaf=_is_zero)
-        return outputs, (tangent, _aux_change(lambda *at: loss_at(*at)[1], (params, arrays), along))
+        along = trees.dot(gradient, change).astype(loss.dtype)
+        if not all(map(_is_zero, jax.tree.leaves(tangents[1], is_leaf=_is_zero))):
+            along = along + jax.jvp(lambda a: loss_at(params, a), (arrays,), (other_changes,))[1]
+        aux_along = _aux_change(lambda *at: loss_and_aux(*at)[1], primals, (change, other_changes))
+        return (loss, aux), (along, aux_along)
 
     return value
 
@@ -152,7 +152,7 @@ def _dense(tangent: Any) -> Any:
 
 
 def _no_change(leaf: Any) -> Any:
-    """A tangent of zeros; that of integers and keys has no data."""
+    """A tangent of zeros; integers and keys have a tangent without data."""
     if jnp.issubdtype(leaf.dtype, jnp.floating):
         return jnp.zeros(leaf.shape, leaf.dtype)
     return np.zeros(leaf.shape, jax.dtypes.float0)

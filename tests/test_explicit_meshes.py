@@ -33,6 +33,9 @@ METHODS = {
     "friendly": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.friendly_ascent()),
     "momentum": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.momentum_ascent()),
     "dynamic sparse": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dynamic_sparse_ascent(update_every=1)),
+    "sparse": lambda loss: crsam_jax.sam(
+        loss, ascent=crsam_jax.sparse_ascent(crsam_jax.largest_fraction(initial_params(), 0.5))
+    ),
     "dropped": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dropped_ascent()),
     "periodic": lambda loss: crsam_jax.periodic(crsam_jax.crsam(loss), 2),
     "look": lambda loss: crsam_jax.look(crsam_jax.sam(loss), 2),

@@ -76,16 +76,14 @@ def _after_barrier(first: Any, then: Params) -> tuple[Any, Params]:
 def _after(first: Any, then: Params) -> tuple[Any, Params]:
     """The same for CPU, where XLA ignores barriers: there ``then`` is made to depend on the data of ``first``.
 
-    One element of each leaf of ``first`` has to be there. No maximum of absolute values is −1, which the compiler does
+    One number from each leaf of ``first`` has to be there. No maximum of absolute values is −1, which the compiler does
     not know (it does know that none is below 0).
     """
     elements = [_element(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(first)]
-    never = jnp.max(jnp.abs(jnp.stack(elements)), initial=0) == -1
+    never = jnp.max(jnp.abs(jnp.concatenate(elements)), initial=0) == -1
     return first, jax.tree.map(lambda leaf: jnp.where(never, jnp.zeros_like(leaf), leaf), then)
 
 
 def _element(leaf: jax.Array) -> jax.Array:
-    """A scalar that needs the leaf: one element, or the sum of a leaf that explicit mesh axes divide."""
-    if leaf.size == 0 or trees.is_sharded(leaf):  # a divided leaf cannot be sliced; the sum of nothing is 0
-        return jnp.sum(leaf)
-    return jnp.ravel(leaf)[0]
+    """A vector of one number from the leaf: its sum if explicit mesh axes divide it, which cannot be sliced."""
+    return jnp.sum(leaf)[None] if trees.is_sharded(leaf) else jnp.ravel(leaf)[:1]
