@@ -82,7 +82,8 @@ def test_sharded_params_give_the_numbers_of_one_device(name):
     with jax.set_mesh(mesh):
         for layout, specs in layouts.items():
             sharded = {key: jax.device_put(leaf, NamedSharding(mesh, specs[key])) for key, leaf in params.items()}
-            data = {"batch": jax.device_put(batch, NamedSharding(mesh, P()))}
+            parts = P() if layout == "rows" else P("data", None)  # of the examples
+            data = {"batch": jax.device_put(batch, NamedSharding(mesh, parts))}
             found = MEASURES[name](LOSS, sharded, data)
             for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
                 np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-3, atol=2e-5, err_msg=layout)

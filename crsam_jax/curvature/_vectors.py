@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from crsam_jax.step import trees
 
@@ -74,6 +75,13 @@ def dots_by_leaf(a: Vector, b: Vector) -> jax.Array:
 def placed_like(leaf: jax.Array, model: jax.Array) -> jax.Array:
     """``leaf`` with the sharding of ``model``."""
     return leaf if leaf.sharding == model.sharding else jax.device_put(leaf, model.sharding)
+
+
+def replicated(leaf: Any) -> Any:
+    """A leaf that is divided over a mesh as a whole on each of its devices."""
+    if isinstance(leaf, jax.Array) and isinstance(leaf.sharding, NamedSharding) and not leaf.is_fully_replicated:
+        return jax.device_put(leaf, NamedSharding(leaf.sharding.mesh, PartitionSpec()))
+    return leaf
 
 
 def random_like(key: jax.Array, like: Vector, sampler: Callable[..., jax.Array] = jax.random.normal) -> Vector:

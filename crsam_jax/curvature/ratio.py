@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._ascend import AscentStep, ascend, ascent_step, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, example_arguments, iterate, leading_axis, num_batches
 from crsam_jax.curvature._mean_loss import Progress, widened_params
@@ -169,7 +170,8 @@ def _inner_problem(
         losses_at = functools.partial(_losses, params, batch, example_losses_fn=example_losses_fn)
         gradient_at = functools.partial(_gradient, params, batch, example_losses_fn=example_losses_fn)
         return _InnerProblem(start, losses_at, gradient_at, ascent_step)
-    examples = {name: batch.pop(name) for name in names}
+    # Each example is batched over: it cannot be divided over the mesh while the offsets are not.
+    examples = {name: jax.tree.map(_vectors.replicated, batch.pop(name)) for name in names}
     size = leading_axis(examples)
     start = jax.tree.map(lambda zero: jnp.broadcast_to(zero, (size, *zero.shape)), start)
     own = functools.partial(_own, params, batch, examples, example_losses_fn=example_losses_fn)
