@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crsam_jax.members.crsam import crsam
-from crsam_jax.step import trees
-from crsam_jax.step.diagnostics import RandomProbesDiagnostics
-from crsam_jax.step.transformation import SharpnessAwareState
+from crsam_jax import _trees as trees
+from crsam_jax._crsam import crsam
+from crsam_jax.diagnostics import RandomProbesDiagnostics
+from crsam_jax.engine import SharpnessAwareState
 
 Method = Callable[..., optax.GradientTransformationExtraArgs]
 

@@ -13,7 +13,7 @@ exclude_patterns = ["digits/table.md", "figures/table3.md", "study/*/*.md", "stu
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|jax|numpy|optax|typing)\..*"),
-    ("py:.*", r"crsam_jax\.(step|members)\..*"),
+    ("py:.*", r"crsam_jax\._.*"),
 ]
 
 myst_enable_extensions = ["deflist", "dollarmath"]

@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import (
+from crsam_jax import crsam, random_probes, rsam, sam
+from crsam_jax.ascents import (
     adaptive_ascent,
-    crsam,
     dropped_ascent,
     dynamic_sparse_ascent,
     friendly_ascent,
@@ -19,9 +19,6 @@ from crsam_jax import (
     largest_fraction,
     masked_ascent,
     momentum_ascent,
-    random_probes,
-    rsam,
-    sam,
     smoothed_ascent,
     sparse_ascent,
 )

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crsam_jax import Ascent, adaptive_ascent, asam, gradient_ascent, masked_ascent, sam
+from crsam_jax import asam, sam
+from crsam_jax.ascents import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
 from tests.problems import flat, mlp, one_step
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "bias": jnp.array([-3.0])}

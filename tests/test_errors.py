@@ -9,20 +9,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import (
-    Execution,
-    adaptive_ascent,
-    asam,
-    crsam,
-    crsam_gradient,
-    gradient_norm_penalty,
-    gsam,
-    late,
-    msam,
-    sam,
-    sparse_ascent,
-    wsam,
-)
+from crsam_jax import Execution, asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, late, msam, sam, wsam
+from crsam_jax.ascents import adaptive_ascent, sparse_ascent
 from tests.problems import MEMBERS
 
 PARAMS = {"w": jnp.array([[1.0, 2.0]]), "b": jnp.array([3.0])}

@@ -8,20 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import (
-    Execution,
-    adaptive_ascent,
-    adaptive_policy,
-    crsam,
-    friendly_ascent,
-    gsam,
-    is_full_step,
-    look,
-    periodic,
-    random_probes,
-    rsam,
-    sam,
-)
+from crsam_jax import Execution, adaptive_policy, crsam, gsam, is_full_step, look, periodic, random_probes, rsam, sam
+from crsam_jax.ascents import adaptive_ascent, friendly_ascent
 from tests.problems import broken_at, flat, recording
 
 pytestmark = pytest.mark.usefixtures("x64")

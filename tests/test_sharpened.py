@@ -129,7 +129,7 @@ def test_what_it_cannot_do_is_said(problem):
     with pytest.raises(ValueError, match="stage of the optimizer"):
         jax.grad(sharpened(loss_fn, crsam_jax.rsam))(*problem)
     with pytest.raises(ValueError, match="stage of the optimizer"):
-        jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.friendly_ascent()))(*problem)
+        jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.ascents.friendly_ascent()))(*problem)
     with pytest.raises(ValueError, match="stage of the optimizer"):
         jax.grad(sharpened(loss_fn, probes=crsam_jax.random_probes()))(*problem)
 

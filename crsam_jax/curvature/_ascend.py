@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_number, check_whole_number
+from crsam_jax import _trees as trees
+from crsam_jax._checks import check_number, check_whole_number
 
 AscentStep = Callable[[Any, Any, float, float], Any]
 

@@ -6,10 +6,10 @@ from typing import Any
 import jax
 from jax.flatten_util import ravel_pytree
 
+from crsam_jax import _trees as trees
+from crsam_jax._loss import LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, like_params, widened_params
-from crsam_jax.step import trees
-from crsam_jax.step.types import LossFn
 
 
 def gradient_norm(

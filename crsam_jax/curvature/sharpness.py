@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from crsam_jax._checks import check_number, check_whole_number
+from crsam_jax._loss import LossFn
 from crsam_jax.curvature._ascend import ascend, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
 from crsam_jax.curvature.trace import Estimate, estimate, is_precise
-from crsam_jax.step.checks import check_number, check_whole_number
-from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

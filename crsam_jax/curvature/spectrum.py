@@ -8,12 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from crsam_jax._checks import check_number, check_whole_number
+from crsam_jax._loss import LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._lanczos import Krylov, lanczos
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
 from crsam_jax.curvature.hessian import flat_hessian
-from crsam_jax.step.checks import check_number, check_whole_number
-from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

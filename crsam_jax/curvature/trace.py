@@ -8,14 +8,14 @@ import jax
 import numpy as np
 from jax.flatten_util import ravel_pytree
 
+from crsam_jax import _trees as trees
+from crsam_jax._checks import check_choice, check_number, check_whole_number
+from crsam_jax._loss import LossFn
 from crsam_jax.curvature import _matfree
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
 from crsam_jax.curvature._xtrace import xtrace
 from crsam_jax.curvature.hessian import flat_hessian
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_choice, check_number, check_whole_number
-from crsam_jax.step.types import LossFn
 
 ESTIMATORS = ("rademacher", "gaussian", "xtrace")
 

@@ -7,11 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax._checks import check_whole_number
+from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount, num_batches
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, like_params, widened_params
-from crsam_jax.step.checks import check_whole_number
-from crsam_jax.step.loss import LossBinder
-from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

@@ -4,15 +4,15 @@ import difflib
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crsam_jax.step.checks import STAND_BEFORE, kind_of
-from crsam_jax.step.types import LossFn
+from crsam_jax._checks import STAND_BEFORE
+from crsam_jax._trees import kind_of
 
 # Arguments that optax's own transformations exchange; they may describe another loss.
 RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
@@ -20,16 +20,27 @@ RESERVED_NAMES = frozenset({"value", "grad", "value_fn"})
 # From this similarity on, as difflib measures it, one name is taken for a misspelling of the other.
 _CLOSE = 0.75
 
+# The loss of params alone, given at ``update``: optax's own name, and Levanter's.
+_CLOSURES = ("value_fn", "obj_fn")
+
 _UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
 
 _POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+
+
+class LossFn(Protocol):
+    """``loss_fn(params, **kwargs) -> loss``, a real floating scalar, or ``(loss, aux)``."""
+
+    def __call__(self, params: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """The loss at params."""
 
 
 class LossBinder:
     """Turns ``loss_fn`` and a mapping of arguments into a checked function of ``params`` alone.
 
     Args:
-      loss_fn: the loss; its first parameter is ``params``, the others are taken by name.
+      loss_fn: the loss; its first parameter is ``params``, the others are taken by name. ``None``: it is given at
+        each call, as ``value_fn`` or ``obj_fn``.
       has_aux: whether it returns ``(loss, aux)``; ``aux`` is dropped.
       call: how the caller is given the arguments, with ``{}`` in their place; for error messages.
 
@@ -37,16 +48,23 @@ class LossBinder:
       TypeError: if ``loss_fn`` is not callable, or cannot be called with ``params`` and keywords.
     """
 
-    def __init__(self, loss_fn: LossFn, has_aux: bool, call: str = "update(grads, state, params, {})"):
-        if not callable(loss_fn):
-            raise TypeError(_not_callable_message(loss_fn))
+    def __init__(self, loss_fn: LossFn | None, has_aux: bool, call: str = "update(grads, state, params, {})"):
         if not isinstance(has_aux, bool):
             raise TypeError(f"has_aux must be True or False, got {has_aux!r}.")
-        self._loss_fn = loss_fn
         self._has_aux = has_aux
         self._call = call
+        self._loss_fn: Any = loss_fn
+        if loss_fn is None:
+            return
+        if not callable(loss_fn):
+            raise TypeError(_not_callable_message(loss_fn))
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
+        if "params" in taken:
+            raise TypeError(
+                f"params must be the first argument of loss_fn, got {_describe(loss_fn)}: write it as "
+                "loss_fn(params, ...); the others are passed by name, in any order."
+            )
         if taken:
             raise TypeError(
                 f"loss_fn {_describe(loss_fn)} takes {_quoted(taken)}, but update(updates, state, params, loss=...) "
@@ -60,6 +78,8 @@ class LossBinder:
           TypeError: if an argument that ``loss_fn`` requires is missing; and, when the returned function
             runs, if the loss is not a real floating scalar or does not match ``has_aux``.
         """
+        if self._loss_fn is None:
+            return self._of_closure(given)
         kwargs = self.arguments(given)
 
         def loss(params: Any) -> jax.Array:
@@ -73,6 +93,21 @@ class LossBinder:
 
         return loss
 
+    def _of_closure(self, given: Mapping[str, Any]) -> Callable[[Any], jax.Array]:
+        """The loss that the caller gave at this call.
+
+        Raises:
+          TypeError: if there is none.
+        """
+        for name in _CLOSURES:
+            if callable(given.get(name)):
+                others = {key: value for key, value in given.items() if key != name}
+                return LossBinder(given[name], self._has_aux, self._call)(others)
+        raise TypeError(
+            "The method was built without loss_fn and got no loss either: pass one of them, "
+            f"crsam(loss_fn, ...) or {self._call.format('value_fn=loss_of_params')}."
+        )
+
     def refuse_positional(self, args: tuple[Any, ...]) -> None:
         """Raises if the caller gave arguments of ``loss_fn`` by position.
 
@@ -81,6 +116,8 @@ class LossBinder:
         """
         if not args:
             return
+        if self._loss_fn is None:
+            raise TypeError(f"Pass the loss by name: {self._call.format('value_fn=loss_of_params')}.")
         names = self._required or self._optional or ["batch"]
         raise TypeError(
             f"{len(args)} argument(s) too many by position. The arguments of loss_fn {_describe(self._loss_fn)} are "

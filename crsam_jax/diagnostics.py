@@ -4,11 +4,9 @@ They cost no gradient evaluation. Read one from an optimizer state by ``optax.tr
 Before the first step, and where nothing was perturbed, a measure along v is 0. A field that ends in ``_steps`` counts.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 
 class OneSidedDiagnostics(NamedTuple):
@@ -117,18 +115,3 @@ class RandomProbesDiagnostics(NamedTuple):
 
 
 Diagnostics = OneSidedDiagnostics | AscentOnlyDiagnostics | TwoSidedDiagnostics | RandomProbesDiagnostics
-
-
-def initial(kind: type[Any], dtype: np.dtype) -> Any:
-    """The diagnostics before the first step: zeros of the right types, each in a buffer of its own."""
-    return kind(**{name: jnp.zeros((), jnp.int32 if name.endswith("_steps") else dtype) for name in kind._fields})
-
-
-def accumulated(before: Any, now: Any) -> Any:
-    """The diagnostics after a step: the new values in the dtypes of the old ones, and the counts added up."""
-
-    def add(old: jax.Array, new: Any) -> jax.Array:
-        value = jnp.asarray(new).astype(old.dtype)
-        return old + value if jnp.issubdtype(old.dtype, jnp.integer) else value
-
-    return jax.tree.map(add, before, now)

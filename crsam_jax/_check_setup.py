@@ -7,13 +7,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from crsam_jax.members.shifted import OneEvaluationState
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_gradient
-from crsam_jax.step.diagnostics import AscentOnlyDiagnostics
-from crsam_jax.step.loss import LossBinder, checked_loss
-from crsam_jax.step.transformation import SharpnessAwareState
-from crsam_jax.step.types import LossFn, Params
+from crsam_jax import _trees as trees
+from crsam_jax._loss import LossBinder, LossFn, checked_loss
+from crsam_jax._trees import Params, check_gradient
+from crsam_jax.diagnostics import AscentOnlyDiagnostics
+from crsam_jax.engine import SharpnessAwareState
+from crsam_jax.shifted import OneEvaluationState
 
 _TOLERANCE = 0.02
 """What two programs for one number may differ by: that of the user may compute in half precision, fused otherwise."""
@@ -171,7 +170,7 @@ def _of_step(tx: Any, params: Params, value: jax.Array, grads: Params, kwargs: d
 
 def _of_member(member: SharpnessAwareState, value: jax.Array, grad_norm: jax.Array) -> Iterator[str]:
     seen: Any = member.diagnostics
-    if member.count == 0:
+    if member.step_count == 0:
         yield "The method was not called in a step: a transformation around it skips steps or holds them back."
         return
     is_whole = not isinstance(seen, AscentOnlyDiagnostics)

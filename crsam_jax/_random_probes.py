@@ -7,19 +7,17 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from crsam_jax.ascents.ascent import broadcast_mask, masked
-from crsam_jax.ascents.noisy import normal_like, step_key
-from crsam_jax.members.curvature_penalty import checked_numbers, log_weight, with_penalty
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_number, check_seed
-from crsam_jax.step.diagnostics import RandomProbesDiagnostics
-from crsam_jax.step.evaluation import perturb
-from crsam_jax.step.mismatch import is_one_sided_mismatch
-from crsam_jax.step.rule import Basis, Outcome, Rule, Seen, Step
-from crsam_jax.step.sides import measured, penalty_ratio, second_difference
-from crsam_jax.step.types import Evaluation, Mask, Params, Scalar, ScalarOrSchedule
-from crsam_jax.step.vectors import Vector
+from crsam_jax import _trees as trees
+from crsam_jax._checks import check_number, check_seed
+from crsam_jax._parallel import Displacement
+from crsam_jax._penalty import checked_numbers, log_weight, with_penalty
+from crsam_jax._trees import Params
+from crsam_jax.ascents import Mask, masked, normal_like, perturbed_part, step_key
+from crsam_jax.diagnostics import RandomProbesDiagnostics
+from crsam_jax.engine import Outcome, Rule, Scalar, Step, one_sided_report, penalty_ratio, second_difference
 
 
 class RandomProbes(NamedTuple):
@@ -68,7 +66,7 @@ def random_probes(k: int = 1, radius: Scalar = 1.0, seed: int = 0) -> RandomProb
     References:
       Wu et al., "CR-SAM", AAAI 2024, eq. 7 and theorem 1; the form of the averages is this library's.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
+    if isinstance(k, bool) or not isinstance(k, (int, np.integer)) or k < 1:
         raise ValueError(f"k must be an integer of at least 1, got {k!r}.")
     check_number("radius", radius)
     if not isinstance(radius, jax.core.Tracer) and radius == 0:
@@ -79,21 +77,19 @@ def random_probes(k: int = 1, radius: Scalar = 1.0, seed: int = 0) -> RandomProb
 
 def random_curvature_penalty(
     probes: RandomProbes,
-    alpha: ScalarOrSchedule,
-    beta: ScalarOrSchedule,
-    offset: ScalarOrSchedule,
-    max_penalty_ratio: ScalarOrSchedule | None,
+    alpha: optax.ScalarOrSchedule,
+    beta: optax.ScalarOrSchedule,
+    offset: optax.ScalarOrSchedule,
+    max_penalty_ratio: optax.ScalarOrSchedule | None,
     mask: Mask | None,
 ) -> Rule:
     """The rule of :func:`random_probes`; directions stay inside the mask."""
     k, radius, seed = probes
-    which = True if mask is None else mask
 
-    def points(params: Params, direction: Params, rho: jax.Array, count: jax.Array) -> list[Params]:
-        del direction
-        distance = jnp.asarray(radius, rho.dtype)
-        directions = _directions(params, broadcast_mask("mask", which, params), k, step_key(seed, count))
-        return [perturb(params, u, sign * distance) for u in directions for sign in (1, -1)]
+    def points(params: Params, plus: Displacement, count: jax.Array) -> list[Displacement]:
+        distance = jnp.asarray(radius, plus.factors[-1].dtype)
+        directions = _directions(params, perturbed_part(mask, params), k, step_key(seed, count))
+        return [Displacement(u, (sign * distance,)) for u in directions for sign in (1, -1)]
 
     def combine(
         step: Step,
@@ -102,31 +98,23 @@ def random_curvature_penalty(
         offset: jax.Array,
         max_penalty_ratio: jax.Array | None = None,
     ) -> Outcome:
-        second, first = step.vectors  # Σ (g⁺ᵢ + g⁻ᵢ − 2g) and Σ Dᵢ (g⁺ᵢ − g⁻ᵢ)
-        pairs = list(zip(step.losses[::2], step.losses[1::2], strict=True))
-        noises = [step.loss_noise(plus, 2 * step.here.loss, minus) for plus, minus in pairs]
+        pairs = _pairs(step.further_losses)
+        noises = [step.loss_noise(plus, 2 * step.loss, minus) for plus, minus in pairs]
         seconds = _sum_of_second_differences(step)
         squares = _sum([(plus - minus) ** 2 for plus, minus in pairs])
         a, a_is_off = log_weight(alpha, offset * k + seconds, _sum(noises))
         b, b_is_off = log_weight(beta, offset * k + squares, _sum([noise**2 for noise in noises]))
-        return with_penalty(step, a * second + b * first, jnp.isfinite(seconds), a_is_off | b_is_off, max_penalty_ratio)
+        return with_penalty(step, (0.0, 0.0, a, b), jnp.isfinite(seconds), a_is_off | b_is_off, max_penalty_ratio)
 
-    def report(step: Step, outcome: Outcome, seen: Seen) -> RandomProbesDiagnostics:
-        size = _perturbed_size(step.params, broadcast_mask("mask", which, step.params))
-        trace = measured(step, size * _sum_of_second_differences(step) / (k * radius**2))
-        return RandomProbesDiagnostics(
-            loss=seen.loss,
-            loss_plus=seen.loss_plus,
-            grad_norm=seen.grad_norm,
-            cosine=seen.cosine,
-            curvature=step.curvature,
-            trace=trace,
-            normalized_trace=trees.safe_ratio(trace, seen.grad_norm),
-            penalty_ratio=penalty_ratio(step, outcome),
-            guarded_steps=seen.is_guarded,
-            bounded_steps=seen.is_bounded,
-            mismatched_steps=is_one_sided_mismatch(step),
-        )
+    def report(step: Step, outcome: Outcome) -> dict[str, jax.Array]:
+        size = _perturbed_size(step.params, perturbed_part(mask, step.params))
+        trace = step.measured(size * _sum_of_second_differences(step) / (k * radius**2))
+        return {
+            **one_sided_report(step, outcome),
+            "trace": trace,
+            "normalized_trace": trees.safe_ratio(trace, step.grad_norm),
+            "penalty_ratio": penalty_ratio(step, outcome),
+        }
 
     numbers = checked_numbers(alpha, beta, offset, max_penalty_ratio)
     return Rule(combine, report, RandomProbesDiagnostics, numbers, points, _summed_pairs)
@@ -143,26 +131,21 @@ def _perturbed_size(params: Params, is_in: Any) -> int:
     return sum(jax.tree.leaves(sizes))
 
 
-def _summed_pairs(here: Evaluation, plus: Evaluation, further: Sequence[Evaluation]) -> Basis:
-    """Two sums over all pairs, so that the number of inner products does not grow with the number of pairs."""
-    del here, plus
-    pairs = list(zip(further[::2], further[1::2], strict=True))
-    firsts = [trees.widen(above.loss) - trees.widen(below.loss) for above, below in pairs]
-
-    def elements(g: jax.Array, plus: jax.Array, *probed: jax.Array) -> list[jax.Array]:
-        del plus
-        pairs = list(zip(probed[::2], probed[1::2], strict=True))
-        return [
-            _sum([(a - g) + (b - g) for a, b in pairs]),
-            _sum([d * (a - b) for d, (a, b) in zip(firsts, pairs, strict=True)]),
-        ]
-
-    return Basis(elements, [Vector((0.0, 0.0, 1.0, 0.0)), Vector((0.0, 0.0, 0.0, 1.0))])
+def _summed_pairs(losses: Sequence[jax.Array], g: jax.Array, plus: jax.Array, *further: jax.Array) -> list[jax.Array]:
+    """g, d, Σ (g⁺ᵢ + g⁻ᵢ − 2g) and Σ Dᵢ (g⁺ᵢ − g⁻ᵢ): two sums over all pairs, whatever their number."""
+    pairs = _pairs(further)
+    firsts = [(above - below).astype(g.dtype) for above, below in _pairs(losses[2:])]
+    second = _sum([(a - g) + (b - g) for a, b in pairs])
+    first = _sum([d * (a - b) for d, (a, b) in zip(firsts, pairs, strict=True)])
+    return [g, plus - g, second, first]
 
 
 def _sum_of_second_differences(step: Step) -> jax.Array:
-    pairs = zip(step.losses[::2], step.losses[1::2], strict=True)
-    return _sum([second_difference(step.here.loss, plus, minus) for plus, minus in pairs])
+    return _sum([second_difference(step.loss, plus, minus) for plus, minus in _pairs(step.further_losses)])
+
+
+def _pairs(values: Sequence[jax.Array]) -> list[tuple[jax.Array, jax.Array]]:
+    return list(zip(values[::2], values[1::2], strict=True))
 
 
 def _sum(terms: Sequence[jax.Array]) -> jax.Array:

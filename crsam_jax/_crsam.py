@@ -1,30 +1,96 @@
-"""CR-SAM: the transformation, and its gradient as a pure function."""
+"""CR-SAM: its rule, eq. 7 of the paper, the transformation, and its gradient as a pure function.
+
+By theorem 1 S = L⁺ + L⁻ − 2L ≈ ρ² vᵀHv and D = L⁺ − L⁻ ≈ 2ρ vᵀ∇L.
+"""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias, get_args
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from crsam_jax.ascents.ascent import Ascent
-from crsam_jax.members.curvature_penalty import Form, Measure, curvature_penalty
-from crsam_jax.members.random_probes import RandomProbes, random_curvature_penalty
-from crsam_jax.step.execution import Execution
-from crsam_jax.step.loss import LossBinder, checked_loss
-from crsam_jax.step.rule import Rule
-from crsam_jax.step.transformation import Method, SharpnessAwareState, sharpness_aware
-from crsam_jax.step.types import LossFn, Mask, Params, Scalar, ScalarOrSchedule
+from crsam_jax._checks import check_choice, explains_foreign_arguments
+from crsam_jax._loss import LossBinder, LossFn, checked_loss
+from crsam_jax._parallel import Execution
+from crsam_jax._penalty import checked_numbers, log_weight, with_penalty
+from crsam_jax._random_probes import RandomProbes, random_curvature_penalty
+from crsam_jax._trees import Params
+from crsam_jax.ascents import Ascent, Mask
+from crsam_jax.engine import (
+    NOISE_ULPS,
+    Differences,
+    Method,
+    Outcome,
+    Rule,
+    Scalar,
+    SharpnessAwareState,
+    Step,
+    loss_differences,
+    sharpness_aware,
+    two_sided_rule,
+)
+
+Form: TypeAlias = Literal["log", "linear"]
+Measure: TypeAlias = Literal["losses", "gradients"]
 
 
+def curvature_penalty(
+    form: Form,
+    alpha: optax.ScalarOrSchedule,
+    beta: optax.ScalarOrSchedule,
+    offset: optax.ScalarOrSchedule,
+    max_penalty_ratio: optax.ScalarOrSchedule | None,
+    differences: Measure,
+) -> Rule:
+    """g⁺ + a (g⁺+g⁻−2g) + b (g⁺−g⁻) with a = α/(δ+S) and b = β/(δ+D), or a = α and b = β in the linear form.
+
+    A logarithm whose argument is not positive, or is rounding noise, is left out.
+    """
+    check_choice("penalty", form, get_args(Form))
+    check_choice("differences", differences, get_args(Measure))
+    measure = loss_differences if differences == "losses" else gradient_differences
+
+    def combine(
+        step: Step,
+        alpha: jax.Array,
+        beta: jax.Array,
+        offset: jax.Array,
+        max_penalty_ratio: jax.Array | None = None,
+    ) -> Outcome:
+        if form == "log":
+            found = measure(step)
+            a, a_is_off = log_weight(alpha, offset + found.second, found.second_noise)
+            b, b_is_off = log_weight(beta, offset + found.first, found.first_noise)
+        else:
+            a, b, a_is_off, b_is_off = alpha, beta, jnp.bool_(False), jnp.bool_(False)
+        penalty = (0.0, 2 * b, a - b)  # a s + b (g⁺ − g⁻), where g⁺ − g⁻ = 2d − s
+        return with_penalty(step, penalty, jnp.isfinite(step.loss_minus), a_is_off | b_is_off, max_penalty_ratio)
+
+    return two_sided_rule(combine, measure, checked_numbers(alpha, beta, offset, max_penalty_ratio))
+
+
+def gradient_differences(step: Step) -> Differences:
+    """S ≈ (ρ/2)⟨v, g⁺ − g⁻⟩ and D ≈ ρ⟨v, g⁺ + g⁻⟩, by the trapezoid rule along v, in error O(ρ⁴) and O(ρ³).
+
+    They need no losses, and so survive a loss that is rounded to half precision.
+    """
+    second = step.rho / 2 * step.slope((0.0, 2.0, -1.0))
+    first = step.rho * step.slope((2.0, 0.0, 1.0))
+    noise = jnp.finfo(first.dtype).eps * NOISE_ULPS * abs(first)
+    return Differences(second, first, noise, noise)
+
+
+@explains_foreign_arguments
 def crsam(
-    loss_fn: LossFn,
-    rho: ScalarOrSchedule = 0.1,
-    alpha: ScalarOrSchedule = 0.1,
-    beta: ScalarOrSchedule = 0.01,
+    loss_fn: LossFn | None = None,
+    rho: optax.ScalarOrSchedule = 0.1,
+    alpha: optax.ScalarOrSchedule = 0.1,
+    beta: optax.ScalarOrSchedule = 0.01,
     *,
     penalty: Form = "log",
-    offset: ScalarOrSchedule = 1.0,
-    max_penalty_ratio: ScalarOrSchedule | None = None,
+    offset: optax.ScalarOrSchedule = 1.0,
+    max_penalty_ratio: optax.ScalarOrSchedule | None = None,
     differences: Measure = "losses",
     probes: RandomProbes | None = None,
     ascent: Ascent | None = None,
@@ -66,7 +132,8 @@ def crsam(
         ``has_aux=True``. Its arguments after params (batch, rng, model state, ...) are taken by name from the
         extra arguments of ``update``, others are ignored; with ``**kwargs`` it gets all but optax's ``value``,
         ``grad`` and ``value_fn``. It must be pure: it is traced several times. Settings that are not arrays
-        (``train=True``) are closed over.
+        (``train=True``) are closed over. ``None``: the loss is given at each ``update``, as
+        ``value_fn=lambda params: ...`` (optax's name for it in line searches) or ``obj_fn=``.
       rho: ρ ≥ 0, the distance to the probes in parameter space, a number or schedule.
       alpha: α ≥ 0, weight of the curvature term, a number or schedule.
       beta: β ≥ 0, weight of the gradient-norm term, a number or schedule. At α = β the linear form does not
@@ -80,7 +147,7 @@ def crsam(
         half precision, where a difference of losses is noise.
       probes: ``None``: the penalty looks along v, as the paper's algorithm does; :func:`random_probes`: along
         random directions, as its eq. 7 does. The logarithmic penalty and differences of losses only.
-      ascent: the rule for v; ``None`` is :func:`gradient_ascent`, the paper's.
+      ascent: the rule for v; ``None`` is :func:`crsam_jax.ascents.gradient_ascent`, the paper's.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux of the probes is dropped: the model state
         (BatchNorm statistics) to keep is that of the caller's own pass at w.
       mask: which part of the params to perturb: a prefix of params with bool leaves, or a function from
@@ -92,7 +159,8 @@ def crsam(
     Returns:
       A transformation whose ``update(grads, state, params, loss=loss, **kwargs)`` returns a gradient with the
       structure, shapes and dtypes of ``grads``. ``loss`` is L(w), which the caller has from ``value_and_grad``;
-      without it L(w) is evaluated again. The state holds the count and :class:`TwoSidedDiagnostics`.
+      without it L(w) is evaluated again. The state holds the step count and
+      :class:`crsam_jax.diagnostics.TwoSidedDiagnostics`.
 
     Raises:
       TypeError: at construction, if ``loss_fn`` is not callable or an argument has the wrong type; at
@@ -132,11 +200,11 @@ def crsam(
 
 
 def _rule(
-    alpha: ScalarOrSchedule,
-    beta: ScalarOrSchedule,
+    alpha: optax.ScalarOrSchedule,
+    beta: optax.ScalarOrSchedule,
     penalty: Form,
-    offset: ScalarOrSchedule,
-    max_penalty_ratio: ScalarOrSchedule | None,
+    offset: optax.ScalarOrSchedule,
+    max_penalty_ratio: optax.ScalarOrSchedule | None,
     differences: Measure,
     probes: RandomProbes | None,
     mask: Mask | None,
@@ -188,6 +256,7 @@ class GradientFn(NamedTuple):
         return gradient, state.diagnostics
 
 
+@explains_foreign_arguments
 def crsam_gradient(
     loss_fn: LossFn,
     rho: Scalar = 0.1,
@@ -207,20 +276,8 @@ def crsam_gradient(
     """CR-SAM's gradient as a pure function, for those who write their own loop.
 
     Args:
-      loss_fn: see :func:`crsam`, as for all other arguments. Schedules are for :func:`crsam`; here rho, alpha, beta,
-        offset and max_penalty_ratio are numbers (or traced arrays).
-      rho: ρ.
-      alpha: α.
-      beta: β.
-      penalty: ``"log"`` or ``"linear"``.
-      offset: δ.
-      max_penalty_ratio: κ.
-      differences: ``"losses"`` or ``"gradients"``.
-      probes: ``None`` or :func:`random_probes`.
-      ascent: the rule for v.
-      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
-      mask: which part of the params to perturb.
-      execution: how the loss is evaluated.
+      loss_fn: and all other arguments: as in :func:`crsam_jax.crsam`, but rho, alpha, beta, offset and
+        max_penalty_ratio are numbers or traced arrays; only :func:`crsam_jax.crsam` takes schedules.
 
     Returns:
       ``gradient_fn(params, grads=None, *, loss=None, **kwargs) -> (gradient, diagnostics)``. ``grads`` is the gradient
@@ -229,9 +286,9 @@ def crsam_gradient(
       :class:`GradientFn`.
 
     Raises:
-      TypeError: for a schedule, and as :func:`crsam`.
-      ValueError: as :func:`crsam`; if ``grads`` is None under an axis, where only the caller can average it; at a
-        call, if the method has a memory.
+      TypeError: for a schedule, and as :func:`crsam_jax.crsam`.
+      ValueError: as :func:`crsam_jax.crsam`; if ``grads`` is None under an axis, where only the caller can average
+        it; at a call, if the method has a memory.
 
     Example:
       >>> import jax.numpy as jnp
