@@ -90,7 +90,7 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
     tuned = find(str(found / f"{name}-tuned.json"))
     longest = 3 * tuned.epochs  # those of base-3x
     last = Run(folder / "compare", keep=None, log_steps=0, evaluate_every=longest, probe_examples=500, trace_probes=10)
-    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, AGAINST, processes=processes)
+    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, against=AGAINST, processes=processes)
     return mechanism(compare(name, tuned, arms, {}, last))
 
 

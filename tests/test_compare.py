@@ -137,9 +137,8 @@ def test_an_interruption_leaves_the_table_of_complete_runs(tmp_path, monkeypatch
 
 def test_comparisons_may_begin_at_another_seed(tmp_path):
     config = Compare(methods=("base",), seeds=2, first_seed=1000)
-    assert [row["seed"] for row in read(compare.compare("digits", TINY, config, {}, run_of(tmp_path)) / "runs.csv")] == [
-        "1000", "1001"
-    ]  # fmt: skip
+    rows = read(compare.compare("digits", TINY, config, {}, run_of(tmp_path)) / "runs.csv")
+    assert [row["seed"] for row in rows] == ["1000", "1001"]
 
 
 def test_a_loss_that_is_not_finite_counts_as_a_guess(tmp_path):
