@@ -149,8 +149,22 @@ class Benchmark:
     """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
     devices: Count = 1
     """How many devices of the target share the batch."""
+    all: bool = False
+    """Time the main methods on four networks on the device at hand, the most important first; the same command resumes.
+    Of the options above only ROUNDS counts."""
+    budget: Positive = 450.0
+    """With --all: begin no program that is not expected to end after so many seconds in all."""
+    page: Path | None = None
+    """With --all: put the table into this page too, between its marks."""
     out: Path | None = None
-    """Write the table to this CSV file too."""
+    """Write the table to this CSV file too; with --all results/benchmark.csv by default, written row by row."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        if self.all and self.target is not None:
+            raise ValueError("--all times the device at hand, --target compiles for another: give one of them.")
+        if self.page is not None and not self.all:
+            raise ValueError("--page is for the tables of --all.")
 
 
 @_without_prefix
