@@ -161,3 +161,22 @@ def test_sam_and_crsam_at_one_radius():
     text = f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})".replace("-", "−")
     assert f"{text} to SAM" in words("study.md")
     assert difference.pairs == 20
+
+
+def test_the_network_that_fits():
+    rows = tables.read(DOCS / "study" / "cifar10-5000" / "runs.csv", Result)
+    runs = {arm: [row for row in rows if row.arm == arm] for arm in ("base", "sam", "crsam")}
+    assert {len(one) for one in runs.values()} == {5}
+    assert {row.train_accuracy for row in runs["base"]} == {100.0}
+    by_seed = {arm: {row.seed: row.test_accuracy for row in one} for arm, one in runs.items()}
+    text = words("regimes.md")
+    for arm, reference in (("sam", "base"), ("crsam", "base"), ("crsam", "sam")):
+        one = paired(by_seed[arm], by_seed[reference], 2)
+        assert f"{one.mean:+.2f} ({one.low:+.2f} to {one.high:+.2f})".replace("-", "−") in text
+    for one in runs.values():
+        for field, digits in (("test_accuracy", 1), ("train_accuracy", 1), ("test_loss", 2)):
+            mean, deviation = tables.mean_and_deviation([getattr(row, field) for row in one])
+            assert f"{mean:.{digits}f} ± {deviation:.{digits}f}" in text
+    gain = paired(by_seed["sam"], by_seed["base"], 2)
+    for page in ("study.md", "explanation/choosing.md", "../README.md"):
+        assert f"({signed(gain.low)} to {signed(gain.high)})" in words(page)
