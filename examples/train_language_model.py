@@ -1,7 +1,7 @@
 """Trains a transformer on text with CR-SAM: a changed loss, AdamW, dropout, and parameters sharded over the devices.
 
 python examples/train_language_model.py             # the texts of Python's help()
-python examples/train_language_model.py --data book.txt --width 384 --layers 6 --heads 6 --context 256 --learning_rate 1e-3
+python examples/train_language_model.py --data a.txt --width 384 --layers 6 --heads 6 --context 256 --learning_rate 1e-3
 
 The same command continues an interrupted run. "CR-SAM:" marks the lines that differ from training with AdamW alone.
 """
