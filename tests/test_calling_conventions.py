@@ -133,10 +133,12 @@ def test_the_gradient_over_a_context(method):
     def loss_fn(params, context):
         return loss_and_context(dataclasses.replace(context, params=params))
 
+    def sharp(context):
+        return sharpened(loss_fn, method, rho=RHO, has_aux=True)(context.params, context)
+
     context = Context(PARAMS, BATCH, jnp.int32(3))
-    sharp = sharpened(loss_fn, method, rho=RHO, has_aux=True)
-    grads, new = jax.jit(jax.grad(sharp, has_aux=True))(context.params, context)
-    assert_equal(grads, gradient(method))
+    grads, new = jax.jit(jax.grad(sharp, has_aux=True, allow_int=True))(context)
+    assert_equal(grads.params, gradient(method))
     assert new.step == 4
 
 
@@ -229,6 +231,54 @@ def test_an_nnx_step_with_dropout_and_batch_norm(method):
     first = jnp.copy(rngs.default.count[...])
     step(model, optimizer, x, y, rngs)
     assert rngs.default.count[...] == first + 1
+
+
+def test_a_loss_of_an_nnx_module(method):
+    """Tunix, flax's Gemma: ``nnx.value_and_grad(loss_fn)(model, ...)``, or the gradient of some of its variables."""
+    nnx = pytest.importorskip("flax.nnx")
+
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.hidden = nnx.LoRALinear(4, 8, lora_rank=2, rngs=rngs)
+            self.norm, self.dropout = nnx.BatchNorm(8, rngs=rngs), nnx.Dropout(0.3, rngs=rngs)
+            self.output = nnx.LoRALinear(8, 3, lora_rank=2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.output(self.dropout(nnx.relu(self.norm(self.hidden(x)))))
+
+    def loss_fn(model, x, y):
+        return optax.softmax_cross_entropy_with_integer_labels(model(x), y).mean()
+
+    x, y = jax.random.normal(jax.random.key(0), (16, 4)), jnp.arange(16) % 3
+    for trained in (nnx.Param, nnx.LoRAParam):
+
+        def sharp_loss_fn(model, x, y, trained=trained):
+            graphdef, params, rest = nnx.split(model, trained, ...)
+
+            def pure_loss_fn(params, rest):
+                model = nnx.merge(graphdef, params, rest, copy=True)
+                return loss_fn(model, x, y), nnx.state(model, nnx.Not(trained))
+
+            loss, new = sharpened(pure_loss_fn, method, has_aux=True, rho=RHO)(params, rest)
+            nnx.update(model, new)
+            return loss
+
+        @nnx.jit
+        def step(model, optimizer, trained=trained, sharp_loss_fn=sharp_loss_fn):
+            loss, grads = nnx.value_and_grad(sharp_loss_fn, argnums=nnx.DiffState(0, trained))(model, x, y)
+            optimizer.update(model, grads)
+            return loss
+
+        model = Network(nnx.Rngs(0))
+        optimizer = nnx.Optimizer(model, SGD, wrt=trained)
+        graphdef, params, rest = jax.tree.map(jnp.copy, nnx.split(model, trained, ...))
+        plain = lambda params, y: loss_fn(nnx.merge(graphdef, params, rest, copy=True), x, y)
+        clean = nnx.merge(graphdef, params, rest, copy=True)
+        assert_equal(step(model, optimizer), loss_fn(clean, x, y))
+        found = jax.tree.map(jnp.subtract, nnx.state(model, trained), params)
+        assert_equal(found, negative(gradient(method, plain, params, y=y)))
+        assert_equal(nnx.state(model, nnx.BatchStat), nnx.state(clean, nnx.BatchStat))  # one update, at w
+        assert model.dropout.rngs.count[...] == clean.dropout.rngs.count[...]
 
 
 # A loss that arrives at update: the method is a stage of the optimizer.
