@@ -8,9 +8,15 @@ import sys
 def main() -> int:
     """Runs one subcommand; an error that the user can mend, or an interruption, is one line and not a traceback."""
     signal.signal(signal.SIGINT, _stop_at_once)
+    from experiments import terminal
+
+    terminal.prepare()
     from experiments import cli
 
-    return cli.main()
+    try:
+        return cli.main()
+    finally:
+        sys.stdout.flush()
 
 
 def _stop_at_once(number: int, frame: object) -> None:

@@ -8,7 +8,7 @@ import errno
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,23 +16,30 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
-from experiments import checksums
+from experiments import checksums, files
 from experiments.program import State
 
 CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
 """Files of a run of which each of its checkpoints has a copy."""
 
+IDENTITY = "identity.json"
+"""What a checkpoint is: its step, and the data that its run was trained on. It is sealed with the rest."""
+
 _BESIDE_ARRAYS = 1 << 20  # bytes: blocks that are not full, metadata, checksums
 
 
 class Checkpoints:
-    """The checkpoints of the run in a folder, by step: the newest ones, and for good those at multiples of a period."""
+    """The checkpoints of the run in a folder, by step. The newest are kept, and forever those at multiples of a period.
 
-    def __init__(self, run: Path, keep: int = 3, keep_period: int | None = None):
+    ``data`` describes the data set; checkpoints of a run on other data are an error.
+    """
+
+    def __init__(self, run: Path, keep: int = 3, keep_period: int | None = None, data: Mapping[str, Any] | None = None):
         if keep < 1:
             raise ValueError(f"keep must be at least 1, got {keep}: a run without a checkpoint cannot go on.")
         self.run, self.folder = run, (run / "checkpoints").resolve()
         self._keep, self._keep_period = keep, keep_period
+        self._data = json.loads(json.dumps(data))
         self._arrays = ocp.StandardCheckpointer()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._pending: Future[None] | None = None
@@ -46,11 +53,13 @@ class Checkpoints:
         partial = self.folder / f"{step}.partial"
         if jax.process_index() == 0:
             self._check_space(state)
+            files.clear(self.path(step), is_folder=True)
             partial.mkdir(parents=True)
         self._arrays.save(partial / "arrays", by_path(state))
-        files = {name: (self.run / name).read_bytes() for name in (CONFIG, *LOGS) if (self.run / name).exists()}
-        files["position.json"] = json.dumps(position).encode()
-        self._pending = self._background.submit(self._complete, step, files)
+        copies = {name: files.read(self.run / name) for name in (CONFIG, *LOGS) if (self.run / name).exists()}
+        copies["position.json"] = json.dumps(position).encode()
+        copies[IDENTITY] = json.dumps({"step": step, "data": self._data}).encode()
+        self._pending = self._background.submit(self._complete, step, copies)
 
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
         """The state of a step, by default the last that is not damaged, and the position of the data.
@@ -63,19 +72,29 @@ class Checkpoints:
                 print(f"Checkpoint {other} is damaged: {what}. {step} is read instead.", file=sys.stderr)
         if step not in self.steps:
             raise FileNotFoundError(f"No checkpoint of step {step} in {self.folder}; there are those of {self.steps}.")
-        if fault := checksums.fault(self.path(step)):
+        if fault := self._fault(step):
             raise ValueError(f"Checkpoint {step} in {self.folder} is damaged: {fault}.")
         check(self.run, step)
+        self._check_data(step)
         shapes = {name: ocp.utils.to_shape_dtype_struct(leaf) for name, leaf in by_path(like).items()}
         arrays = self._arrays.restore(self.path(step) / "arrays", shapes)
         position = json.loads((self.path(step) / "position.json").read_text())
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in shapes]), position
 
-    def newest_good(self) -> tuple[int | None, dict[int, str]]:
-        """The newest undamaged checkpoint, None if there are none, and what is wrong with those after it."""
+    def newest_good(self, is_config_right: bool = False) -> tuple[int | None, dict[int, str]]:
+        """The newest undamaged checkpoint, None if there are none, and what is wrong with those after it.
+
+        If the run's config.json is known to be right, a checkpoint with another one belongs to another run, unless all
+        have another one.
+        """
         damaged: dict[int, str] = {}
+        foreign = {step for step in self.steps if altered(self.run, step)[:1] == [self.run / CONFIG]}
+        foreign = foreign if is_config_right and len(foreign) < len(self.steps) else set()
         for step in reversed(self.steps):
-            if not (fault := checksums.fault(self.path(step))):
+            fault = self._fault(step)
+            if not fault and step in foreign:
+                fault = "it belongs to a run with another config.json"
+            if not fault:
                 return step, damaged
             damaged[step] = fault
         if damaged:
@@ -120,6 +139,29 @@ class Checkpoints:
             self._background.shutdown()
             self._arrays.close()
 
+    def _fault(self, step: int) -> str | None:
+        """What is wrong with a checkpoint: damage, or another checkpoint's name."""
+        if fault := checksums.fault(self.path(step)):
+            return fault
+        own = self._identity(step).get("step", step)
+        return None if own == step else f"it is a copy of checkpoint {own}"
+
+    def _identity(self, step: int) -> dict[str, Any]:
+        """Empty for checkpoints of earlier versions."""
+        path = self.path(step) / IDENTITY
+        return dict(json.loads(files.read(path))) if path.exists() else {}
+
+    def _check_data(self, step: int) -> None:
+        before = self._identity(step).get("data")
+        if before is None or self._data is None:
+            return
+        for name, value in before.items():
+            if self._data.get(name, value) != value:
+                raise ValueError(
+                    f"{self.run} was trained on data with {name} {value}, but the data read now has "
+                    f"{self._data[name]}: name the folder of the same data set with --data-dir."
+                )
+
     def _check_space(self, state: State) -> None:
         """What does not fit is not begun: half a checkpoint would only fill the disk."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_ARRAYS
@@ -128,12 +170,12 @@ class Checkpoints:
             message = f"No space left for a checkpoint, which takes {needed / 1e6:.1f} MB; {free / 1e6:.1f} MB are free"
             raise OSError(errno.ENOSPC, message, str(self.folder))
 
-    def _complete(self, step: int, files: dict[str, bytes]) -> None:
+    def _complete(self, step: int, copies: dict[str, bytes]) -> None:
         self._arrays.wait_until_finished()
         if jax.process_index() > 0:
             return
         partial = self.folder / f"{step}.partial"
-        for name, content in files.items():
+        for name, content in copies.items():
             (partial / name).write_bytes(content)
         checksums.seal(partial)
         partial.rename(self.path(step))
@@ -145,13 +187,15 @@ class Checkpoints:
         """Under another name first: what is deleted by half must not look like a checkpoint."""
         partial = path.with_suffix(".partial")
         path.rename(partial)
-        shutil.rmtree(partial)
+        files.remove(partial)
 
 
 def steps_of(run: Path) -> list[int]:
     """The steps of all complete checkpoints of the run in a folder, ascending."""
     folder = run / "checkpoints"
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal()) if folder.is_dir() else []
+    if not folder.is_dir():
+        return []
+    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def altered(run: Path, step: int | None = None) -> list[Path]:
@@ -162,21 +206,21 @@ def altered(run: Path, step: int | None = None) -> list[Path]:
     step = max(steps_of(run), default=None) if step is None else step
     copies = run / "checkpoints" / str(step)
     found = [run / CONFIG] if not _same(run / CONFIG, copies / CONFIG, _settings) else []
-    return found + [run / name for name in LOGS if not _same(run / name, copies / name, Path.read_bytes)]
+    return found + [run / name for name in LOGS if not _same(run / name, copies / name, files.read)]
 
 
 def _same(file: Path, copy: Path, read: Callable[[Path], Any]) -> bool:
     """Whether a file is what a copy says, if there is one; bytes may have been added to it."""
     if not copy.exists():
         return True
-    found, expected = read(file) if file.exists() else None, read(copy)
+    found, expected = read(file) if file.is_file() else None, read(copy)
     return found.startswith(expected) if isinstance(found, bytes) else found == expected
 
 
 def _settings(config: Path) -> dict[str, Any] | None:
     """All that does not change in the course of a run; None for a damaged file."""
     try:
-        return dict(json.loads(config.read_bytes()), epochs=None)
+        return dict(json.loads(files.read(config)), epochs=None)
     except (TypeError, ValueError):
         return None
 

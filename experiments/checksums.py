@@ -4,6 +4,8 @@ import hashlib
 import os
 from pathlib import Path
 
+from experiments import files
+
 NAME = "SHA256SUMS"
 
 
@@ -18,10 +20,12 @@ def seal(folder: Path) -> None:
 def fault(folder: Path) -> str | None:
     """What is wrong in a sealed folder, in words; None if it is as it was sealed."""
     try:
-        sealed = (folder / NAME).read_text(errors="replace")
+        sealed = files.read(folder / NAME).decode(errors="replace")
         found = _lines(folder)
     except FileNotFoundError:
         return f"{NAME} is missing"
+    except ValueError as error:  # a thing of another kind
+        return str(error)
     except OSError as error:
         return f"{error.filename or NAME} cannot be read: {error.strerror}"
     if sealed == "".join(found):
@@ -38,7 +42,8 @@ def _in_words(folder: Path, names: list[str]) -> str:
 
 
 def _lines(folder: Path, is_synced: bool = False) -> list[str]:
-    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
+    found = (path for path in folder.rglob("*") if path.is_file() and not files.is_of_system(path))
+    paths = sorted(path for path in found if path != folder / NAME)
     return [f"{_digest(path, is_synced)}  {path.relative_to(folder)}\n" for path in paths]
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import jax
 import tyro
 
-from experiments import arms, configs, recipes, tables
+from experiments import arms, configs, home, recipes, tables
 from experiments.overrides import find, parse, read
 from experiments.quiet import quiet_libraries
 from experiments.ranges import flat
@@ -198,5 +198,5 @@ def _changes(recipe: recipes.Recipe, overrides: configs.Overrides, without: tupl
 
 def _keep_compiled_programs() -> None:
     """A run that goes on, and the next seed, need not compile again; $JAX_COMPILATION_CACHE_DIR takes precedence."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "crsam_jax" / "compiled"))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ and (folder := home.cache_folder()):
+        jax.config.update("jax_compilation_cache_dir", str(folder / "compiled"))

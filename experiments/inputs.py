@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from experiments.configs import Run
 from experiments.data import digits, imagenet, source, subset, vision
-from experiments.data.dataset import Dataset, Split
+from experiments.data.dataset import Dataset, Split, check_labels
 from experiments.interruptions import held_back
 from experiments.recipes import Recipe
 
@@ -30,6 +30,11 @@ class Signature(NamedTuple):
     mean: tuple[float, ...]
     std: tuple[float, ...]
     steps_per_epoch: int
+
+    @property
+    def data(self) -> dict[str, Any]:
+        """What of it belongs to the data alone, noted in each checkpoint."""
+        return {"image_shape": list(self.image_shape), "num_classes": self.num_classes}
 
 
 class Inputs(NamedTuple):
@@ -164,6 +169,7 @@ def streamed_batches(
     with held_back():
         batches = _reader(recipe, run).eval_batches(recipe.batch_size, name, split)
     for batch in source.read(batches, name, run.data_dir):
+        check_labels(f"{name}, {split}", batch["label"], imagenet.NUM_CLASSES, imagenet.PADDING)
         yield _shared((batch["image"], batch["label"]), mesh)
 
 
@@ -176,6 +182,7 @@ def _streamed(recipe: Recipe, mesh: Mesh, run: Run) -> Inputs:
 
     def feed(step: int) -> Batch:
         batch = next(batches)
+        check_labels("imagenet2012, train", batch["label"], imagenet.NUM_CLASSES)
         return _shared((batch["image"], batch["label"]), mesh)
 
     evaluation = partial(streamed_batches, recipe, mesh, run)

@@ -1,4 +1,4 @@
-"""Ctrl-C, which reaches all processes of a terminal at once, and SIGTERM, which may reach one: who hears it when."""
+"""Who hears signals when: Ctrl-C and a closed terminal (SIGHUP), which reach all of its processes, and SIGTERM."""
 
 import contextlib
 import multiprocessing
@@ -10,12 +10,12 @@ from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
 from typing import Any
 
-_BOTH = signal.SIGINT, signal.SIGTERM
+_STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Keeps both for later, here, and for good in processes that are started meanwhile."""
+    """Keeps them for later, here, and for good in processes that are started meanwhile."""
     resource_tracker.ensure_running()  # which else the first of these processes starts, and then lets Ctrl-C through
     with _masked(signal.SIG_BLOCK):
         yield
@@ -23,14 +23,14 @@ def held_back() -> Iterator[None]:
 
 @contextlib.contextmanager
 def raised() -> Iterator[None]:
-    """Makes Ctrl-C a KeyboardInterrupt, and SIGTERM, which is passed on to the started processes, a SystemExit."""
+    """Makes Ctrl-C a KeyboardInterrupt, and the others, passed on to the started processes as SIGTERM, a SystemExit."""
 
     def terminate(number: int, frame: object) -> None:
         for process in multiprocessing.active_children():
             process.terminate()
         raise SystemExit(128 + number)
 
-    with _handled(signal.default_int_handler, terminate):
+    with _handled(signal.default_int_handler, terminate, terminate):
         yield
 
 
@@ -52,14 +52,15 @@ def collected() -> Iterator[list[int]]:
             restore()
             signal.raise_signal(number)
 
-    with _handled(catch, catch) as restore, _masked(signal.SIG_UNBLOCK):
+    with _handled(catch, catch, catch) as restore, _masked(signal.SIG_UNBLOCK):
         yield found
 
 
 @contextlib.contextmanager
 def _handled(*handlers: Any) -> Iterator[Callable[[], None]]:
-    """Has Ctrl-C and SIGTERM handled by these two, until the end or a call of what it gives."""
-    before = {kind: signal.signal(kind, handler) for kind, handler in zip(_BOTH, handlers, strict=True)}
+    """Has the signals handled by these, until the end or a call of what it gives; what nohup ignores stays ignored."""
+    heard = [kind for kind in _STOPPING if kind != signal.SIGHUP or signal.getsignal(kind) != signal.SIG_IGN]
+    before = {kind: signal.signal(kind, handlers[_STOPPING.index(kind)]) for kind in heard}
 
     def restore() -> None:
         for kind, handler in before.items():
@@ -73,7 +74,7 @@ def _handled(*handlers: Any) -> Iterator[Callable[[], None]]:
 
 @contextlib.contextmanager
 def _masked(how: int) -> Iterator[None]:
-    mask = signal.pthread_sigmask(how, _BOTH)
+    mask = signal.pthread_sigmask(how, _STOPPING)
     try:
         yield
     finally:

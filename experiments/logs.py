@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Self
 
 import optax
 
-from experiments import tables
+from experiments import files, tables
 
 
 class EpochRow(NamedTuple):
@@ -131,7 +131,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     """The lines of a steps.jsonl; none if there is no file."""
     if not path.exists():
         return []
-    *lines, _ = path.read_text().split("\n")  # what follows the last end of line was cut off
+    *lines, _ = files.read(path).decode().split("\n")  # what follows the last end of line was cut off
     return [json.loads(line) for line in lines]
 
 

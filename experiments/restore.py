@@ -38,6 +38,6 @@ def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored
     mesh = scale.start(run)
     inputs = open_inputs(recipe, mesh, run)
     program = make_program(recipe, inputs.signature, mesh)
-    with closing(Checkpoints(folder)) as checkpoints:
+    with closing(Checkpoints(folder, data=inputs.signature.data)) as checkpoints:
         state, _ = checkpoints.restore(program.init(recipe.seed), step)
     return Restored(recipe, mesh, inputs, program, state._replace(params=program.weights(state)))

@@ -1,14 +1,14 @@
 """Going on with a run that was cut off, whatever was damaged meanwhile."""
 
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 import jax
 
-from experiments import scale
-from experiments.checkpoints import LOGS, Checkpoints, altered
+from experiments import files, runs, scale
+from experiments.checkpoints import CONFIG, LOGS, Checkpoints, altered, steps_of
+from experiments.logs import EpochRow, read_epochs
 from experiments.program import State
 
 
@@ -21,13 +21,15 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
     Raises:
       ValueError: if there are checkpoints, but all are damaged. Nothing is changed then.
     """
-    step, damaged = checkpoints.newest_good()
+    step, damaged = checkpoints.newest_good(is_config_right=True)
     scale.wait_for_all("verified")  # all processes came to this step, before one changes the folder
     if jax.process_index() == 0:
         for partial in checkpoints.folder.glob("*.partial"):
-            shutil.rmtree(partial)
+            files.remove(partial)
         if step is not None:
             _go_back_to(step, damaged, checkpoints)
+        else:
+            _keep_logs(checkpoints.run)
     scale.wait_for_all("resumed")
     return (like, None) if step is None else checkpoints.restore(like, step)
 
@@ -43,16 +45,50 @@ def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) ->
         if file.name in LOGS:
             print(f"{file} is damaged: it becomes what it was at checkpoint {step}.", file=sys.stderr)
     for name in LOGS:
-        copy, partial = checkpoints.path(step) / name, checkpoints.run / f"{name}.partial"
+        copy = checkpoints.path(step) / name
         if copy.exists():
-            shutil.copyfile(copy, partial)
-            partial.replace(checkpoints.run / name)
+            files.replace(checkpoints.run / name, files.read(copy))
 
 
 def _set_aside(folder: Path) -> Path:
     """Renames a damaged checkpoint, to a name that nobody takes for one."""
-    aside, number = folder.with_suffix(".damaged"), 1
-    while aside.exists():
-        number += 1
-        aside = folder.with_suffix(f".damaged{number}")
-    return folder.rename(aside)
+    return folder.rename(files.free_name(folder, ".damaged"))
+
+
+def check_not_lost(folder: Path) -> None:
+    """Raises FileExistsError if a folder holds the metrics of a complete run, but no checkpoint to go on from."""
+    if steps_of(folder) or not (folder / CONFIG).exists():
+        return
+    rows, epochs = _rows(folder), runs.read_json(folder / CONFIG).get("epochs")
+    if rows and isinstance(epochs, int) and rows[-1].epoch >= epochs:
+        raise FileExistsError(
+            f"{folder} holds the metrics of a complete run of {epochs} epochs, but none of its checkpoints. Nothing "
+            "was changed. Put the checkpoints back, or train again in another folder with --out."
+        )
+
+
+def clear_way(run: Path) -> None:
+    """Renames what lies where a run's own files and folders belong and is of another kind."""
+    for name in (CONFIG, *LOGS, "environment.jsonl"):
+        files.clear(run / name)
+    for name in ("checkpoints", "events"):
+        files.clear(run / name, is_folder=True)
+
+
+def _keep_logs(run: Path) -> None:
+    """Keeps the logs of a run that begins anew because it has no checkpoint."""
+    if not (rows := _rows(run)):
+        return
+    kept = [file.rename(files.free_name(file, ".before")).name for name in LOGS if (file := run / name).exists()]
+    print(
+        f"{run} has metrics of {rows[-1].epoch} epochs but no checkpoint: it begins anew. The metrics are kept as "
+        f"{' and '.join(kept)}.", file=sys.stderr,
+    )  # fmt: skip
+
+
+def _rows(run: Path) -> list[EpochRow]:
+    """The epochs that a run's metrics tell of; none if they are damaged."""
+    try:
+        return read_epochs(run / "metrics.csv")
+    except ValueError:
+        return []

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from experiments import tables
+from experiments import files
 from experiments.recipes import Recipe
 
 
@@ -20,7 +20,7 @@ def save_config(config: Any, folder: Path) -> None:
 def save_json(content: Any, path: Path) -> None:
     """Writes a file that people read too, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tables.replace(path, json.dumps(content, indent=2) + "\n")
+    files.replace(path, json.dumps(content, indent=2) + "\n")
 
 
 def check_free(recipe: Recipe, folder: Path) -> None:
@@ -43,7 +43,8 @@ def check_free(recipe: Recipe, folder: Path) -> None:
             "the first step on: only runs with --schedule constant can be extended."
         ) * is_longer
         raise FileExistsError(f"{folder} holds another run ({changes}).{hint} Name another folder with --out.")
-    if folder.exists() and {entry.name for entry in folder.iterdir()} - {"lock", "config.json.partial"}:
+    foreign = [entry for entry in folder.iterdir() if not files.is_of_system(entry)] if folder.exists() else []
+    if {entry.name for entry in foreign} - {"lock", "config.json.partial"}:
         hint = _mended_by_copy(path) or "Name another folder with --out."
         raise FileExistsError(f"{folder} holds something that is not a run: there is no config.json. {hint}")
 
@@ -51,13 +52,27 @@ def check_free(recipe: Recipe, folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What :func:`save_json` wrote; if it is damaged, a ValueError that names the copy of a checkpoint."""
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(files.read(path), object_pairs_hook=_without_duplicates)
         if isinstance(content, dict):
             return content
         error = f"it holds {type(content).__name__}"
-    except (json.JSONDecodeError, UnicodeDecodeError) as failure:
+    except RecursionError:
+        error = "it is nested too deeply"
+    except (json.JSONDecodeError, UnicodeDecodeError, _DuplicateError) as failure:
         error = str(failure)
     raise ValueError(f"{path} is damaged, or not JSON: {error}. {_mended_by_copy(path)}".rstrip())
+
+
+class _DuplicateError(ValueError):
+    """A key that stands twice in an object of a JSON file."""
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise _DuplicateError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return content
 
 
 def _mended_by_copy(path: Path) -> str:
@@ -69,7 +84,7 @@ def _mended_by_copy(path: Path) -> str:
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from writing to the same run; the system frees the lock however the process ends."""
-    with (folder / "lock").open("w") as file:
+    with files.opened(folder / "lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

@@ -14,6 +14,9 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from experiments import files
+from experiments.files import replace as replace
+
 Row = TypeVar("Row")
 
 
@@ -21,26 +24,28 @@ def read(path: Path, row_type: Callable[..., Row]) -> list[Row]:
     """The rows of a file, as a NamedTuple; none if there is no file. A last line that was cut off does not count."""
     if not path.exists():
         return []
-    text = path.read_text(errors="replace")
+    text = files.read(path).decode(errors="replace")
     kinds = typing.get_type_hints(row_type)
     rows = csv.DictReader(text[: text.rfind("\n") + 1].splitlines())
     try:
         return [row_type(**{name: _parsed(value, kinds[name]) for name, value in row.items()}) for row in rows]
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"{path} is damaged: {error!r}.") from error
+    except (KeyError, TypeError, ValueError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {str(error)[:200] or type(error).__name__}.") from error
 
 
 def append(path: Path, rows: Sequence[Any]) -> None:
     """Adds NamedTuples to a file, in the place of a last line that was cut off; a new file begins with a header."""
-    text = path.read_text() if path.exists() else ""
+    text = files.read(path).decode() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
         replace(path, whole)
-    with path.open("a", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        if rows and not whole:
-            writer.writerow(rows[0]._fields)
-        writer.writerows(rows)
+    added = io.StringIO()
+    writer = csv.writer(added, lineterminator="\n")
+    if rows and not whole:
+        writer.writerow(rows[0]._fields)
+    writer.writerows(rows)
+    with files.opened(path) as file:
+        file.write(added.getvalue().encode())
 
 
 def write(path: Path, rows: Sequence[Any]) -> None:
@@ -50,13 +55,6 @@ def write(path: Path, rows: Sequence[Any]) -> None:
     writer.writeheader()
     writer.writerows(dicts)
     replace(path, text.getvalue())
-
-
-def replace(path: Path, content: str | bytes) -> None:
-    """Writes a file, whole or not at all."""
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
-    unfinished.replace(path)
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

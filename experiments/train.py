@@ -2,17 +2,14 @@
 
 import contextlib
 import dataclasses
-import json
 import signal
 import sys
-from importlib.metadata import version
 from pathlib import Path
 
 import jax
-from jax.sharding import Mesh
 from rich.console import Console
 
-from experiments import ranges, runs, scale
+from experiments import conditions, ranges, runs, scale
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import open_inputs
@@ -20,7 +17,7 @@ from experiments.logs import Log
 from experiments.loop import Training, run_steps
 from experiments.program import make_program
 from experiments.recipes import Recipe
-from experiments.resume import resume
+from experiments.resume import check_not_lost, clear_way, resume
 
 
 def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
@@ -38,7 +35,8 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
       The folder with config.json, metrics.csv, steps.jsonl, TensorBoard events and checkpoints.
 
     Raises:
-      FileExistsError: if the folder holds another run, or another process is writing to it.
+      FileExistsError: if the folder holds another run, or a complete one without a checkpoint, or another process is
+        writing to it.
       FileNotFoundError: if the data is not there, with what to do.
       FloatingPointError: if a loss is not finite, with the step and the last checkpoint.
       ValueError: if a setting is out of its range, or all checkpoints of the run are damaged.
@@ -60,6 +58,7 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
     is_first = jax.process_index() == 0
     console = Console(quiet=quiet or not is_first, soft_wrap=True, highlight=False)
     runs.check_free(recipe, folder)
+    check_not_lost(folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
         program = make_program(recipe, inputs.signature, mesh)
@@ -67,17 +66,24 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(runs.locked(folder))
+            clear_way(folder)
             runs.save_config(recipe, folder)
-            _note_environment(folder, mesh)
+            changed = conditions.changed(folder, mesh)
+            conditions.note(folder, mesh)
         steps = inputs.signature.steps_per_epoch
         state, checkpoints = program.init(recipe.seed), None
         if run.keep is not None:
             period = run.keep_every and run.keep_every * steps
-            checkpoints = stack.enter_context(contextlib.closing(Checkpoints(folder, run.keep, period)))
+            opened = Checkpoints(folder, run.keep, period, inputs.signature.data)
+            checkpoints = stack.enter_context(contextlib.closing(opened))
             state, position = resume(checkpoints, state)
             if position is not None:
                 inputs.restore(position)
         first, total = int(state.step), recipe.epochs * steps
+        if is_first and 0 < first < total and changed:
+            print(
+                f"{folder}: conditions differ ({changed}), so the result will differ in its last bits.", file=sys.stderr
+            )
         config = dataclasses.asdict(recipe)
         log = stack.enter_context(Log(folder, first, run.log_steps > 0, run.wandb, config, is_first))
         what = f"from step {first} to {total}" if first < total else f"complete, {total} steps"
@@ -89,16 +95,3 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
         console.print(f"{signal.Signals(stop).name}: {saved}")
         sys.exit(128 + stop)
     return folder
-
-
-def _note_environment(folder: Path, mesh: Mesh) -> None:
-    """One line for each start: software, devices and command."""
-    device = mesh.devices.flat[0]
-    note = {
-        "versions": {name: version(name) for name in ("jax", "optax", "flax")},
-        "devices": f"{mesh.size} x {device.platform} ({device.device_kind})",
-        "processes": jax.process_count(),
-        "command": sys.argv,
-    }
-    with (folder / "environment.jsonl").open("a") as file:
-        file.write(json.dumps(note) + "\n")

@@ -43,3 +43,12 @@ def example_losses(params: Any, batch: Any) -> jax.Array:
     x, labels = batch
     one = lambda x, label: mlp_loss(params, (x[None], label[None]))
     return jax.vmap(one)(x, labels)
+
+
+def normal_like(key: Any, params: Any) -> Any:
+    """Gaussian numbers, a key for each leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    keys = jax.random.split(key, len(leaves))
+    return structure.unflatten(
+        [jax.random.normal(k, leaf.shape, leaf.dtype) for k, leaf in zip(keys, leaves, strict=True)]
+    )

@@ -106,7 +106,7 @@ def test_killed_and_gone_on_equals_uninterrupted(whole, compiled, tmp_path):
     assert_same_run(folder, whole)
 
 
-@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_signal_saves_and_exits_and_the_run_goes_on(kind, whole, tmp_path, monkeypatch):
     log_step = Log.step
 

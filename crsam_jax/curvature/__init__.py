@@ -10,38 +10,52 @@ with stored statistics; in training mode the loss of a data set would depend on 
 """
 
 from crsam_jax.curvature._batches import Batches
-from crsam_jax.curvature.hessian import gradient_norm, hessian_vector_product
-from crsam_jax.curvature.ratio import ApproximationRatio, approximation_ratio
-from crsam_jax.curvature.sharpness import (
-    AverageSharpness,
-    WorstCaseSharpness,
-    average_sharpness,
-    worst_case_sharpness,
+from crsam_jax.curvature.composed import Composed
+from crsam_jax.curvature.groups import parameter_groups, plot_by_group
+from crsam_jax.curvature.hessian import (
+    empirical_fisher_vector_product,
+    gauss_newton_vector_product,
+    gradient_norm,
+    hessian_vector_product,
 )
-from crsam_jax.curvature.spectrum import Eigenpairs, Spectrum, hessian_spectrum, top_eigenvalues
-from crsam_jax.curvature.trace import (
+from crsam_jax.curvature.objective import Objective
+from crsam_jax.curvature.ratio import ApproximationRatio, approximation_ratio
+from crsam_jax.curvature.results import (
+    AverageSharpness,
+    Eigenpairs,
     Estimate,
     NormalizedTrace,
-    hessian_trace,
-    normalized_hessian_trace,
+    Spectrum,
+    WorstCaseSharpness,
 )
+from crsam_jax.curvature.sharpness import average_sharpness, worst_case_sharpness
+from crsam_jax.curvature.spectrum import hessian_spectrum, smallest_eigenvalues, top_eigenvalues
+from crsam_jax.curvature.trace import hessian_trace, hessian_trace_by_group, normalized_hessian_trace
 
 __all__ = [
     "ApproximationRatio",
     "AverageSharpness",
     "Batches",
+    "Composed",
     "Eigenpairs",
     "Estimate",
     "NormalizedTrace",
+    "Objective",
     "Spectrum",
     "WorstCaseSharpness",
     "approximation_ratio",
     "average_sharpness",
+    "empirical_fisher_vector_product",
+    "gauss_newton_vector_product",
     "gradient_norm",
     "hessian_spectrum",
     "hessian_trace",
+    "hessian_trace_by_group",
     "hessian_vector_product",
     "normalized_hessian_trace",
+    "parameter_groups",
+    "plot_by_group",
+    "smallest_eigenvalues",
     "top_eigenvalues",
     "worst_case_sharpness",
 ]

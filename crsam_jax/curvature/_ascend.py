@@ -6,8 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax import _trees as trees
-from crsam_jax._checks import check_number, check_whole_number
+from crsam_jax.curvature import _vectors
+from crsam_jax.curvature._checks import check_positive, whole_number
 
 AscentStep = Callable[[Any, Any, float, float], Any]
 
@@ -15,10 +15,11 @@ AscentStep = Callable[[Any, Any, float, float], Any]
 @jax.jit
 def ascent_step(offset: Any, gradient: Any, step_size: float, rho: float) -> Any:
     """The offset moved by ``step_size`` along the unit gradient, then projected onto the ball of radius ρ."""
-    moved = jax.tree.map(lambda u, v: u + step_size * v, offset, trees.unit(gradient))
-    length = trees.norm(moved)
-    shrink = jnp.where(length > rho, rho / length, 1)
-    return jax.tree.map(lambda u: shrink * u, moved)
+    moved = jax.tree.map(lambda u, v: u + step_size * v, offset, _vectors.unit(gradient))
+    length = _vectors.scaled_norm(moved)
+    norm = jnp.ldexp(length.mantissa, length.exponent)
+    shrink = jnp.where(norm > rho, rho / norm, 1)
+    return jax.tree.map(lambda u: shrink.astype(u.dtype) * u, moved)
 
 
 def ascend(
@@ -43,16 +44,14 @@ def shifted(params: Any, offset: Any) -> Any:
     return jax.tree.map(jnp.add, params, offset)
 
 
-def check_ascent_arguments(rho: float, num_steps: int, step_size: float | None) -> None:
-    """Checks radius, number of steps and step size.
+def check_ascent_arguments(rho: float, num_steps: int, step_size: float | None) -> int:
+    """Checks radius, number of steps and step size; returns the number of steps as an int.
 
     Raises:
       TypeError: if one is not a number.
       ValueError: if one is not positive and finite.
     """
-    check_whole_number("num_steps", num_steps, at_least=1)
-    for name, value in (("rho", rho), ("step_size", step_size)):
-        if value is not None:
-            check_number(name, value)
-            if value == 0:
-                raise ValueError(f"{name} must be positive.")
+    check_positive("rho", rho)
+    if step_size is not None:
+        check_positive("step_size", step_size)
+    return whole_number("num_steps", num_steps, at_least=1)

@@ -7,6 +7,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from crsam_jax.curvature._checks import brief, whole_number
+from crsam_jax.curvature._fingerprint import fingerprint
+
 Batch = Mapping[str, Any]
 """The arguments of a loss function after params, by name."""
 
@@ -23,10 +26,11 @@ class Batches:
 
     Attributes:
       arrays: arguments of the loss by name, each a pytree of arrays that share the leading axis, the examples.
-      batch_size: examples a batch, at least 1; the last batch has what is left.
+      batch_size: examples per batch, at least 1; the last batch has what is left.
       fixed: further arguments of the loss, the same for every batch: model state, a temperature.
 
     Raises:
+      TypeError: if ``batch_size`` is not a whole number.
       ValueError: if the leading axes differ, there is no example, ``batch_size`` < 1, or a name is given twice.
 
     Example:
@@ -42,8 +46,7 @@ class Batches:
     fixed: Batch = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if not isinstance(self.batch_size, int) or self.batch_size < 1:
-            raise ValueError(f"batch_size must be a whole number of at least 1, got {self.batch_size!r}.")
+        object.__setattr__(self, "batch_size", whole_number("batch_size", self.batch_size, at_least=1))
         twice = sorted(self.arrays.keys() & self.fixed.keys())
         if twice:
             raise ValueError(f"The arguments {twice} stand in both arrays and fixed; give each once.")
@@ -63,33 +66,78 @@ class Batches:
         return -(-leading_axis(self.arrays) // self.batch_size)
 
 
+class Passes:
+    """Goes through a data set again and again, and checks that every pass yields the same examples.
+
+    Args:
+      data: one batch, or an iterable of batches.
+      example_count: the weight of a batch; None reads it off the arrays.
+    """
+
+    def __init__(self, data: Data, example_count: ExampleCount | None):
+        self._data = data
+        self._example_count = example_count
+        self._iterator: Any = None
+        self._first: tuple[float, int] | None = None
+
+    def __iter__(self) -> Iterator[tuple[Batch, float]]:
+        """Batches and their weights.
+
+        Raises:
+          TypeError: if data can be gone through only once, or a batch is not a mapping.
+          ValueError: if there is no batch, or the examples are not those of the first pass.
+        """
+        weights, digest = 0.0, 0
+        is_fixed = isinstance(self._data, (Mapping, Batches))
+        for batch in self._batches():
+            weight = count_examples(self._data, batch, self._example_count)
+            if not is_fixed:
+                arguments = {name: batch[name] for name in example_arguments(self._data, batch) if name in batch}
+                weights, digest = weights + weight, (digest + fingerprint(arguments)) % 2**64
+            yield batch, weight
+        if self._first is None:
+            self._first = weights, digest
+        elif self._first != (weights, digest):
+            raise ValueError(
+                f"data yields other examples in this pass ({weights:g} in all) than in the first "
+                f"({self._first[0]:g}), so each pass measures another loss. Turn off augmentation, and take all "
+                "examples in each pass; their order does not matter."
+            )
+
+    def _batches(self) -> Iterator[Batch]:
+        data, is_empty = self._data, True
+        if isinstance(data, Mapping):
+            yield data
+            return
+        if not isinstance(data, Iterable):
+            raise TypeError(f"data must be a mapping of arguments or an iterable of such; got {type(data).__name__}.")
+        iterator = iter(data)
+        if iterator is data or iterator is self._iterator:
+            raise TypeError(
+                f"data is an iterator ({type(iterator).__name__}), or its __iter__ returns the same one each time. It "
+                "is used up after one pass, but several passes are needed. Give a list, Batches(...), or an object "
+                "whose __iter__ starts afresh."
+            )
+        self._iterator = iterator
+        for batch in iterator:
+            if not isinstance(batch, Mapping):
+                raise TypeError(
+                    f"Each batch must map argument names of the loss to values, got {type(batch).__name__}: "
+                    'yield {"batch": batch}.'
+                )
+            is_empty = False
+            yield batch
+        if is_empty:
+            raise ValueError("data holds no batch. If it wraps an iterator, that one is used up.")
+
+
 def iterate(data: Data) -> Iterator[Batch]:
-    """The batches of ``data``, each checked to be a mapping.
+    """The batches of ``data`` in one pass, each checked to be a mapping.
 
     Raises:
-      TypeError: if data can be gone through only once, or a batch is not a mapping.
-      ValueError: if there is no batch.
+      TypeError, ValueError: as :class:`Passes`.
     """
-    if isinstance(data, Mapping):
-        yield data
-        return
-    if not isinstance(data, Iterable):
-        raise TypeError(f"data must be a mapping of arguments or an iterable of such; got {type(data).__name__}.")
-    if iter(data) is data:
-        raise TypeError(
-            f"data is an iterator ({type(data).__name__}), used up after one pass, but several passes are needed. Give "
-            "a list, Batches(...), or an object whose __iter__ starts afresh."
-        )
-    batch = None
-    for batch in data:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"Each batch must map argument names of the loss to values, got {type(batch).__name__}: "
-                'yield {"batch": batch}.'
-            )
-        yield batch
-    if batch is None:
-        raise ValueError("data holds no batch.")
+    return Passes(data, None)._batches()
 
 
 def num_batches(data: Data) -> int | None:
@@ -127,7 +175,7 @@ def leading_axis(arguments: Batch) -> int:
     lengths = {shape[0] for found in shapes.values() for shape in found if shape}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(
-            f"The number of examples is not clear from the shapes {shapes}, which should share one leading axis. Put "
-            "the examples into an argument named 'batch', use Batches(...), or pass example_count=."
+            f"The number of examples is not clear from the shapes {brief(shapes)}, which should share one leading "
+            "axis. Put the examples into an argument named 'batch', use Batches(...), or pass example_count=."
         )
     return int(lengths.pop())

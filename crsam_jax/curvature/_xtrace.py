@@ -1,11 +1,16 @@
 """XTrace: every probe is both part of a low-rank approximation and, left out of it, a sample of the rest."""
 
-from collections.abc import Callable
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from crsam_jax.curvature import _vectors
+from crsam_jax.curvature._lanczos import exponent_of
+from crsam_jax.curvature._vectors import Basis, Product, Vector
+from crsam_jax.step import trees
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -28,7 +33,7 @@ class _Problem(NamedTuple):
     squares: Array
 
 
-def xtrace(product: Callable[[jax.Array], jax.Array], probes: jax.Array) -> tuple[float, float]:
+def xtrace(product: Product, probes: list[Vector]) -> tuple[float, float]:
     r"""The trace of a symmetric matrix A and the variance of that estimate.
 
     The estimate is the mean of :math:`t_i = \operatorname{Tr} Q_i^\top A Q_i + s_i\, \tilde\omega_i^\top A \tilde
@@ -41,22 +46,23 @@ def xtrace(product: Callable[[jax.Array], jax.Array], probes: jax.Array) -> tupl
     unbiased. It costs no further product. Where the mean of u_ij u_ji is negative it counts as 0.
 
     Args:
-      product: v ↦ Av for vectors of shape [n].
-      probes: Gaussian, [m, n], at least 2 of them.
+      product: v ↦ Av.
+      probes: Gaussian, m vectors of n elements, at least 2 of them.
 
     Returns:
-      Both as floats; with 2m ≥ n the sum of the diagonal and 0, at n products instead of 2m.
+      (trace, variance), NaN if a product is not finite. With 2m ≥ n the exact trace and 0, at n products instead of 2m.
 
     References:
       Epperly, Tropp, Webber, "XTrace", SIAM J. Matrix Anal. Appl. 45, 2024.
     """
-    count, size = probes.shape
+    count, size = len(probes), _vectors.size(probes[0])
     if 2 * count >= size:
-        return sum(float(product(unit)[i]) for i, unit in enumerate(jnp.eye(size, dtype=probes.dtype))), 0.0
-    problem = _compressed(product, probes)
-    pivots = np.abs(np.diag(problem.images))
-    if pivots.min() <= np.finfo(np.float64).eps * pivots.max():  # the basis holds all of A
-        return float(np.trace(problem.compressed)), 0.0
+        return _diagonal_sum(product, probes[0]), 0.0
+    problem, exponent = _compressed(product, probes)
+    if not np.all(np.isfinite(problem.images)) or not np.all(np.isfinite(problem.compressed)):
+        return math.nan, math.nan
+    if np.diag(problem.images).min() == 0:  # the basis holds all of A
+        return float(np.ldexp(np.trace(problem.compressed), exponent)), 0.0
 
     normals = np.linalg.inv(problem.images)  # row i is orthogonal to all images but that of probe i
     normals /= np.linalg.norm(normals, axis=1, keepdims=True)
@@ -64,23 +70,44 @@ def xtrace(product: Callable[[jax.Array], jax.Array], probes: jax.Array) -> tupl
     gains = np.array([estimates[i] - _estimate(problem, i, _pairs(normals, i)) for i in range(count)])
     np.fill_diagonal(gains, 0.0)
     covariance = np.sum(gains * gains.T) / (count * (count - 1))
-    return float(estimates.mean()), float(estimates.var(ddof=1) / count + np.maximum(covariance, 0.0))
+    variance = estimates.var(ddof=1) / count + np.maximum(covariance, 0.0)
+    return float(np.ldexp(estimates.mean(), exponent)), float(np.ldexp(variance, 2 * exponent))
 
 
-def _compressed(product: Callable[[jax.Array], jax.Array], probes: jax.Array) -> _Problem:
-    basis, images = jnp.linalg.qr(jnp.stack([product(probe) for probe in probes], axis=1))
-    basis_images = jnp.stack([product(column) for column in basis.T])
-    return _Problem(
-        size=probes.shape[1],
-        compressed=_product(basis_images, basis),
-        images=np.asarray(images, np.float64),
-        probes=_product(basis.T, probes.T),
-        squares=np.asarray(jnp.sum(probes**2, axis=1), np.float64),
+def _diagonal_sum(product: Product, like: Vector) -> float:
+    """Σᵢ eᵢᵀAeᵢ over all unit vectors eᵢ."""
+    total = 0.0
+    for position, leaf in enumerate(like):
+        for index in np.ndindex(leaf.shape):
+            unit = [np.zeros(other.shape, other.dtype) for other in like]
+            unit[position][index] = 1
+            vector = tuple(map(_vectors.placed_like, map(jnp.asarray, unit), like))
+            total += float(_vectors.dots_by_leaf(vector, product(vector))[position])
+    return total
+
+
+def _compressed(product: Product, probes: list[Vector]) -> tuple[_Problem, int]:
+    """The problem in units of 2^exponent, and the exponent. A probe whose image adds nothing has an empty column."""
+    count = len(probes)
+    eps = float(jnp.finfo(trees.wide_dtype(probes[0])).eps)
+    basis, images, exponent = Basis(probes[0], count), np.zeros((count, count)), 0
+    for i, probe in enumerate(probes):
+        image = product(probe)
+        exponent = exponent_of(image) if i == 0 else exponent
+        scaled = _vectors.shifted_by(image, -exponent)
+        rest, images[:, i] = basis.without_span(scaled)
+        pivot = _vectors.norm(rest)
+        images[i, i] = 0.0 if pivot <= 10 * eps * _vectors.norm(scaled) else pivot
+        basis.append(_vectors.unit(rest) if images[i, i] else jax.tree.map(jnp.zeros_like, rest))
+    compressed = [basis.coefficients(_vectors.shifted_by(product(basis[i]), -exponent)) for i in range(count)]
+    problem = _Problem(
+        size=_vectors.size(probes[0]),
+        compressed=np.stack(compressed),
+        images=images,
+        probes=np.stack([basis.coefficients(probe) for probe in probes], axis=1),
+        squares=np.array([_vectors.norm(probe) ** 2 for probe in probes]),
     )
-
-
-def _product(a: jax.Array, b: jax.Array) -> Array:
-    return np.asarray(jnp.matmul(a, b, precision="highest"), np.float64)
+    return problem, exponent
 
 
 def _pairs(normals: Array, i: int) -> Array:

@@ -105,7 +105,7 @@ def approximation_ratio(
     References:
       Wu et al., "CR-SAM", AAAI 2024, eq. 2. The paper leaves open whose δ it is.
     """
-    check_ascent_arguments(rho, num_steps, step_size)
+    num_steps = check_ascent_arguments(rho, num_steps, step_size)
     check_choice("perturbation", perturbation, PERTURBATIONS)
     check_number("threshold", threshold)
     LossBinder(example_losses_fn, has_aux=False)

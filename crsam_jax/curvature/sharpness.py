@@ -1,48 +1,14 @@
 """How much the loss rises nearby: at worst, by gradient ascent, and on average, under Gaussian noise."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-import optax
 
-from crsam_jax._checks import check_number, check_whole_number
-from crsam_jax._loss import LossFn
-from crsam_jax.curvature._ascend import ascend, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, ExampleCount
-from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
-from crsam_jax.curvature.trace import Estimate, estimate, is_precise
-
-Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
-
-
-class WorstCaseSharpness(NamedTuple):
-    """The largest rise of the loss that gradient ascent found in the ball.
-
-    Attributes:
-      value: max of ``losses`` − L(w) ≥ 0, a float; a lower bound of the true maximum, as ascent is local.
-      losses: the loss along the path, from L(w) at the start to the last point, [num_steps + 1], float64.
-    """
-
-    value: float
-    losses: Array
-
-
-class AverageSharpness(NamedTuple):
-    """The mean rise of the loss under Gaussian noise.
-
-    Attributes:
-      mean: a float; may be negative.
-      standard_error: the standard error of the mean over the draws of the noise.
-      num_probes: how many draws.
-      loss: L(w).
-    """
-
-    mean: float
-    standard_error: float
-    num_probes: int
-    loss: float
+from crsam_jax.curvature._mean_loss import Progress
+from crsam_jax.curvature.objective import Objective
+from crsam_jax.curvature.results import AverageSharpness, WorstCaseSharpness
+from crsam_jax.step.types import LossFn
 
 
 def worst_case_sharpness(
@@ -54,6 +20,7 @@ def worst_case_sharpness(
     num_steps: int = 20,
     step_size: float | None = None,
     adaptive: bool = False,
+    key: jax.Array | None = None,
     has_aux: bool = False,
     example_count: ExampleCount | None = None,
     progress: Progress | None = None,
@@ -71,12 +38,13 @@ def worst_case_sharpness(
       num_steps: the number of steps of the ascent, at least 1.
       step_size: > 0, the length of a step in u. None: ρ/num_steps, so that one step is SAM's perturbation.
       adaptive: scale by \|w\|: invariant under rescaling of weights that leaves a ReLU network unchanged.
+      key: a JAX random key. Where the gradient at w is exactly zero, the ascent starts in a random direction.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: the number of examples of a batch, as for :func:`gradient_norm`.
       progress: called as ``progress(done, total)`` after each gradient or loss, that is each pass over data.
 
     Returns:
-      A :class:`WorstCaseSharpness`.
+      A :class:`WorstCaseSharpness`; its value is NaN if a loss or gradient on the path is NaN.
 
     Raises:
       TypeError, ValueError: as :func:`gradient_norm`, or for a bad number.
@@ -91,25 +59,15 @@ def worst_case_sharpness(
     References:
       Foret et al., "Sharpness-Aware Minimization", ICLR 2021, eq. 1; Kwon et al., "ASAM", ICML 2021, definition 2.
     """
-    check_ascent_arguments(rho, num_steps, step_size)
-    params = widened_params(params)
-    scale = _scale(params, adaptive)
-    loss = MeanLoss(loss_fn, data, has_aux, example_count)
-    losses: list[float] = []
-
-    def seen(value: float) -> None:
-        losses.append(value)
-        if progress is not None:
-            progress(len(losses), num_steps + 1)
-
-    def gradient_at(offset: Any) -> Any:
-        value, gradient = loss.value_and_grad(shifted(params, _scaled(scale, offset)))
-        seen(value)
-        return _scaled(scale, gradient)
-
-    offset = ascend(gradient_at, jax.tree.map(jnp.zeros_like, params), rho, num_steps, step_size)
-    seen(loss.value(shifted(params, _scaled(scale, offset))))
-    return WorstCaseSharpness(max(losses) - losses[0], np.array(losses))
+    objective = Objective(loss_fn, params, data, has_aux=has_aux, example_count=example_count)
+    return objective.worst_case_sharpness(
+        rho=rho,
+        num_steps=num_steps,
+        step_size=step_size,
+        adaptive=adaptive,
+        key=key,
+        progress=progress,
+    )
 
 
 def average_sharpness(
@@ -129,7 +87,7 @@ def average_sharpness(
     r"""The average-case sharpness :math:`\mathbb{E}\, L(w + \sigma T \varepsilon) - L(w)`, ε ~ N(0, I).
 
     T = I, or diag(\|w\|) if adaptive. Each probe averages over +ε and −ε, so that the slope cancels:
-    for small σ the mean is σ²/2 · Tr(T ∇²L T). Costs two losses a probe, and one.
+    for small σ the mean is σ²/2 · Tr(T ∇²L T). Costs two losses per probe, and one.
 
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`gradient_norm`.
@@ -162,34 +120,12 @@ def average_sharpness(
     References:
       Andriushchenko et al., "A Modern Look at the Relationship between Sharpness and Generalization", ICML 2023, eq. 1.
     """
-    check_number("sigma", sigma)
-    if sigma == 0:
-        raise ValueError("sigma must be positive.")
-    check_whole_number("num_probes", num_probes, at_least=2)
-    if relative_standard_error is not None:
-        check_number("relative_standard_error", relative_standard_error)
-    params = widened_params(params)
-    scale = _scale(params, adaptive)
-    loss = MeanLoss(loss_fn, data, has_aux, example_count)
-
-    center = loss.value(params)
-    rises: list[float] = []
-    for probe_key in jax.random.split(key, num_probes):
-        noise = _scaled(scale, optax.tree.random_like(probe_key, params))
-        pair = [loss.value(shifted(params, optax.tree.scale(sign * sigma, noise))) for sign in (1, -1)]
-        rises.append(sum(pair) / 2 - center)
-        if progress is not None:
-            progress(len(rises), num_probes)
-        if is_precise(rises, relative_standard_error):
-            break
-    result: Estimate = estimate(rises)
-    return AverageSharpness(*result, loss=center)
-
-
-def _scale(params: Any, adaptive: bool) -> Any:
-    """The diagonal of T; None for the identity."""
-    return jax.tree.map(jnp.abs, params) if adaptive else None
-
-
-def _scaled(scale: Any, tree: Any) -> Any:
-    return tree if scale is None else jax.tree.map(jnp.multiply, scale, tree)
+    objective = Objective(loss_fn, params, data, has_aux=has_aux, example_count=example_count)
+    return objective.average_sharpness(
+        sigma=sigma,
+        key=key,
+        num_probes=num_probes,
+        relative_standard_error=relative_standard_error,
+        adaptive=adaptive,
+        progress=progress,
+    )

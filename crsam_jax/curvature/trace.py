@@ -1,59 +1,15 @@
-"""The Hessian's trace, with its standard error, and the paper's normalized trace."""
+"""The Hessian's trace, with its standard error, as a whole and by layer, and the paper's normalized trace."""
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import numpy as np
-from jax.flatten_util import ravel_pytree
 
-from crsam_jax import _trees as trees
-from crsam_jax._checks import check_choice, check_number, check_whole_number
-from crsam_jax._loss import LossFn
-from crsam_jax.curvature import _matfree
 from crsam_jax.curvature._batches import Data, ExampleCount
-from crsam_jax.curvature._mean_loss import MeanLoss, Progress, widened_params
-from crsam_jax.curvature._xtrace import xtrace
-from crsam_jax.curvature.hessian import flat_hessian
-
-ESTIMATORS = ("rademacher", "gaussian", "xtrace")
-
-# A standard error from fewer probes is too rough to stop on.
-_FEWEST_PROBES_TO_STOP = 10
-
-
-class Estimate(NamedTuple):
-    """A Monte-Carlo estimate.
-
-    Attributes:
-      mean: the estimate, a float.
-      standard_error: the standard error of the mean, a float: the root of an unbiased estimate of its variance, which
-        for independent samples is the sample variance over num_probes. With few probes it is itself uncertain, by
-        about 1/√(2 num_probes): an interval for the truth is mean ± q · standard_error with q of Student's distribution
-        of num_probes − 1 degrees of freedom.
-      num_probes: how many samples it rests on.
-    """
-
-    mean: float
-    standard_error: float
-    num_probes: int
-
-
-class NormalizedTrace(NamedTuple):
-    """The normalized trace C(w) = Tr ∇²L(w)/‖∇L(w)‖.
-
-    Attributes:
-      mean: C(w), a float; infinite or NaN where the gradient is zero.
-      standard_error: the standard error of C(w): that of the trace, divided by ‖∇L‖, which is exact.
-      trace: the trace with its own standard error.
-      gradient_norm: ‖∇L(w)‖.
-    """
-
-    mean: float
-    standard_error: float
-    trace: Estimate
-    gradient_norm: float
+from crsam_jax.curvature._mean_loss import Progress
+from crsam_jax.curvature.groups import GroupOf
+from crsam_jax.curvature.objective import Objective
+from crsam_jax.curvature.results import Estimate, NormalizedTrace
+from crsam_jax.step.types import LossFn, Mask
 
 
 def hessian_trace(
@@ -65,13 +21,15 @@ def hessian_trace(
     num_probes: int = 32,
     estimator: str = "rademacher",
     relative_standard_error: float | None = None,
+    matrix: str = "hessian",
+    mask: Mask | None = None,
     has_aux: bool = False,
     example_count: ExampleCount | None = None,
     progress: Progress | None = None,
 ) -> Estimate:
     r"""The trace of the Hessian, :math:`\operatorname{Tr} \nabla^2 L(w) = \mathbb{E}_z\, z^\top \nabla^2 L(w)\, z`.
 
-    z has independent entries of mean 0 and variance 1. Costs one Hessian-vector product a probe, two with XTrace.
+    z has independent entries of mean 0 and variance 1. Costs one matrix-vector product per probe, two with XTrace.
 
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`gradient_norm`.
@@ -89,15 +47,18 @@ def hessian_trace(
         from the tenth on. Not with XTrace, whose probes act together. Stopping on an error favours errors that came
         out small: the true one is some 1.2 times larger if it stops at about twenty probes, hardly so at a hundred
         and more. None: spend all probes.
+      matrix: ``"hessian"``; with a :class:`Composed` loss also ``"gauss_newton"``, see
+        :func:`gauss_newton_vector_product`, and ``"empirical_fisher"``, see :func:`empirical_fisher_vector_product`.
+      mask: the leaves to measure, that is the diagonal block of the matrix: a pytree of bools that is a prefix of
+        params, or a function from params to one; see :func:`parameter_groups`. None: all leaves.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: the number of examples of a batch, as for :func:`gradient_norm`.
-      progress: called as ``progress(done, total)`` after each Hessian-vector product, that is each pass over data.
+      progress: called as ``progress(done, total)`` after each matrix-vector product, that is each pass over data.
 
     Returns:
       An :class:`Estimate`. The error is that of random probes; it does not cover the choice of the data.
 
     Raises:
-      ImportError: if matfree, the extra ``curvature``, is not installed.
       TypeError, ValueError: as :func:`gradient_norm`, or for a bad number or name.
 
     Example:
@@ -112,15 +73,75 @@ def hessian_trace(
       Hutchinson, "A stochastic estimator of the trace of the influence matrix for Laplacian smoothing
       splines", 1989; Epperly, Tropp, Webber, "XTrace", SIAM J. Matrix Anal. Appl. 45, 2024.
     """
-    _check_trace_arguments(num_probes, estimator, relative_standard_error)
-    params = widened_params(params)
-    flat, _ = ravel_pytree(params)
-    loss = MeanLoss(loss_fn, data, has_aux, example_count)
-    if estimator == "xtrace":
-        product = flat_hessian(loss, params, min(2 * num_probes, flat.size), progress)
-        return _xtrace(product, flat, key, num_probes)
-    product = flat_hessian(loss, params, num_probes, progress)
-    return _hutchinson(product, flat, key, num_probes, estimator, relative_standard_error)
+    objective = Objective(loss_fn, params, data, has_aux=has_aux, example_count=example_count)
+    return objective.hessian_trace(
+        key=key,
+        num_probes=num_probes,
+        estimator=estimator,
+        relative_standard_error=relative_standard_error,
+        matrix=matrix,
+        mask=mask,
+        progress=progress,
+    )
+
+
+def hessian_trace_by_group(
+    loss_fn: LossFn,
+    params: Any,
+    data: Data | None = None,
+    *,
+    key: jax.Array,
+    group_of: GroupOf | None = None,
+    num_probes: int = 32,
+    matrix: str = "hessian",
+    has_aux: bool = False,
+    example_count: ExampleCount | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Estimate]:
+    r"""The trace of each layer's diagonal block, :math:`\mathbb{E}_z\, z_g^\top (\nabla^2 L(w)\, z)_g`.
+
+    g is the group, z random signs. The traces of all groups add up to the trace of the whole. One set of probes
+    serves all groups: costs one matrix-vector product per probe, however many groups there are.
+
+    Args:
+      loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`gradient_norm`.
+      params: pytree of real floating arrays.
+      data: a batch or an iterable of batches.
+      key: a JAX random key.
+      group_of: from a leaf's path to the name of its group, as for :func:`parameter_groups`; by default a layer.
+      num_probes: how many probes, at least 2.
+      matrix: ``"hessian"``, ``"gauss_newton"`` or ``"empirical_fisher"``, as for :func:`hessian_trace`.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
+      example_count: the number of examples of a batch, as for :func:`gradient_norm`.
+      progress: called as ``progress(done, total)`` after each matrix-vector product.
+
+    Returns:
+      A dict from the name of a group to its :class:`Estimate`; :func:`plot_by_group` draws it. The errors of groups are
+      correlated, as they share their probes.
+
+    Raises:
+      TypeError, ValueError: as :func:`hessian_trace`, or if there is no group.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from crsam_jax import curvature
+      >>> loss_fn = lambda params: jnp.sum(params["first"]["w"] ** 2) + 5 * params["second"]["w"] ** 2
+      >>> params = {"first": {"w": jnp.ones(3)}, "second": {"w": jnp.ones(())}}
+      >>> traces = curvature.hessian_trace_by_group(loss_fn, params, key=jax.random.key(0))
+      >>> {name: trace.mean for name, trace in traces.items()}
+      {'first': 6.0, 'second': 10.0}
+
+    References:
+      Yao et al., "PyHessian: Neural Networks Through the Lens of the Hessian", IEEE Big Data 2020.
+    """
+    objective = Objective(loss_fn, params, data, has_aux=has_aux, example_count=example_count)
+    return objective.hessian_trace_by_group(
+        key=key,
+        group_of=group_of,
+        num_probes=num_probes,
+        matrix=matrix,
+        progress=progress,
+    )
 
 
 def normalized_hessian_trace(
@@ -156,7 +177,7 @@ def normalized_hessian_trace(
       A :class:`NormalizedTrace`.
 
     Raises:
-      ImportError, TypeError, ValueError: as :func:`hessian_trace`.
+      TypeError, ValueError: as :func:`hessian_trace`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -169,68 +190,11 @@ def normalized_hessian_trace(
     References:
       Wu et al., "CR-SAM", AAAI 2024, eq. 4.
     """
-    trace = hessian_trace(
-        loss_fn,
-        params,
-        data,
+    objective = Objective(loss_fn, params, data, has_aux=has_aux, example_count=example_count)
+    return objective.normalized_hessian_trace(
         key=key,
         num_probes=num_probes,
         estimator=estimator,
         relative_standard_error=relative_standard_error,
-        has_aux=has_aux,
-        example_count=example_count,
         progress=progress,
     )
-    params = widened_params(params)
-    norm = float(trees.norm(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params)))
-    with np.errstate(divide="ignore", invalid="ignore"):
-        mean, error = np.array([trace.mean, trace.standard_error]) / norm
-    return NormalizedTrace(float(mean), float(error), trace, norm)
-
-
-def estimate(samples: Any) -> Estimate:
-    """Mean and standard error of independent samples, in float64."""
-    values = np.asarray(samples, np.float64)
-    return Estimate(float(values.mean()), float(values.std(ddof=1) / math.sqrt(values.size)), values.size)
-
-
-def is_precise(so_far: list[Any], relative_standard_error: float | None) -> bool:
-    """Whether there are enough samples, and their mean is known to the precision that was asked for."""
-    if relative_standard_error is None or len(so_far) < _FEWEST_PROBES_TO_STOP:
-        return False
-    result = estimate(so_far)
-    return result.standard_error <= relative_standard_error * abs(result.mean)
-
-
-def _hutchinson(
-    product: Callable[[jax.Array], jax.Array],
-    like: jax.Array,
-    key: jax.Array,
-    num_probes: int,
-    estimator: str,
-    relative_standard_error: float | None,
-) -> Estimate:
-    stochtrace = _matfree.load("stochtrace")
-    sampler = {"rademacher": stochtrace.sampler_signs, "gaussian": stochtrace.sampler_normal}[estimator](like, num=1)
-    integrand = stochtrace.monte_carlo_trace()
-    samples: list[jax.Array] = []
-    for probe_key in jax.random.split(key, num_probes):
-        samples.append(integrand(product, sampler(probe_key)[0]))
-        if is_precise(samples, relative_standard_error):
-            break
-    return estimate(samples)
-
-
-def _xtrace(product: Callable[[jax.Array], jax.Array], like: jax.Array, key: jax.Array, num_probes: int) -> Estimate:
-    num_probes = min(num_probes, like.size)
-    mean, variance = xtrace(product, jax.random.normal(key, (num_probes, like.size), like.dtype))
-    return Estimate(mean, math.sqrt(variance), num_probes)
-
-
-def _check_trace_arguments(num_probes: int, estimator: str, relative_standard_error: float | None) -> None:
-    check_whole_number("num_probes", num_probes, at_least=2)
-    check_choice("estimator", estimator, ESTIMATORS)
-    if relative_standard_error is not None:
-        check_number("relative_standard_error", relative_standard_error)
-        if estimator == "xtrace":
-            raise ValueError("relative_standard_error cannot stop XTrace early: leave it out, or choose num_probes.")

@@ -9,12 +9,15 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import keystr
 
-from crsam_jax import _trees as trees
-from crsam_jax._checks import check_choice, check_whole_number
-from crsam_jax._loss import LossFn
+from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._batches import Data, ExampleCount
+from crsam_jax.curvature._checks import whole_number
 from crsam_jax.curvature._mean_loss import MeanLoss, like_params, widened_params
+from crsam_jax.curvature._names import nested_order
 from crsam_jax.landscape.filters import Axes, resolved
+from crsam_jax.step import trees
+from crsam_jax.step.checks import check_choice
+from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -83,18 +86,21 @@ def filter_normalized_directions(
     References:
       Li et al., "Visualizing the Loss Landscape of Neural Nets", NeurIPS 2018, section 4.
     """
-    check_whole_number("num_directions", num_directions, at_least=1)
+    num_directions = whole_number("num_directions", num_directions, at_least=1)
     check_choice("vectors", vectors, VECTORS)
     leaves, structure = jax.tree_util.tree_flatten_with_path(widened_params(params))
     axes = resolved(params, output_axes or {})
-    keys = jax.random.split(key, max(1, len(leaves)))
+    # A flat dict of names gets the directions of its nested tree, whose leaves may have another order.
+    places = jax.random.split(key, max(1, len(leaves)))
+    keys = [places[place] for place in nested_order([path for path, _ in leaves])]
     per_leaf = []
-    for (path, leaf), leaf_key in zip(leaves, keys, strict=False):
+    for (path, leaf), leaf_key in zip(leaves, keys, strict=True):
         units = axes[keystr(path)]
         if units is None and vectors == "zero":
             per_leaf.append([jnp.zeros_like(leaf)] * num_directions)
         else:
-            per_leaf.append(_leaf_directions(leaf, leaf_key, num_directions, units or ()))
+            found = _leaf_directions(np.asarray(leaf), leaf_key, num_directions, units or ())
+            per_leaf.append([_vectors.placed_like(direction, leaf) for direction in found])
     return tuple(jax.tree.unflatten(structure, [d[i] for d in per_leaf]) for i in range(num_directions))
 
 
@@ -119,13 +125,13 @@ def orthonormalized(directions: Sequence[Any]) -> tuple[Any, ...]:
     """
     found: list[Any] = []
     for i, direction in enumerate(directions):
-        rest = trees.unit(like_params(f"directions[{i}]", direction, trees.widen(directions[0])))
+        rest = _vectors.unit(like_params(f"directions[{i}]", direction, trees.widen(directions[0])))
         for _ in range(2):  # the second time removes what rounding left
             for previous in found:
                 rest = _without(rest, previous)
-        if not trees.norm(rest) > 100 * jnp.finfo(trees.wide_dtype(rest)).eps:
+        if not _vectors.norm(rest) > 100 * jnp.finfo(trees.wide_dtype(rest)).eps:
             raise ValueError(f"directions[{i}] is zero, not finite, or lies in the span of those before it.")
-        found.append(trees.unit(rest))
+        found.append(_vectors.unit(rest))
     return tuple(found)
 
 
@@ -174,7 +180,7 @@ def gradient_direction(
     has_aux: bool = False,
     example_count: ExampleCount | None = None,
 ) -> Any:
-    """The ascent direction ∇L(w)/‖∇L(w)‖, the one that SAM looks in; zero where the gradient is zero.
+    """The ascent direction ∇L(w)/‖∇L(w)‖, the one that SAM looks in; zero if the gradient is exactly zero.
 
     Args:
       loss_fn: ``loss_fn(params, **batch) -> loss``, as for :func:`crsam_jax.curvature.gradient_norm`.
@@ -187,7 +193,8 @@ def gradient_direction(
       A pytree like params, of norm 1.
 
     Raises:
-      TypeError, ValueError: as :func:`crsam_jax.curvature.gradient_norm`.
+      TypeError: as :func:`crsam_jax.curvature.gradient_norm`.
+      ValueError: if the gradient is not finite, or as :func:`crsam_jax.curvature.gradient_norm`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -196,7 +203,10 @@ def gradient_direction(
       [0.6 0.8]
     """
     params = widened_params(params)
-    return trees.unit(MeanLoss(loss_fn, data, has_aux, example_count).gradient(params))
+    gradient = MeanLoss(loss_fn, data, has_aux, example_count).gradient(params)
+    if not math.isfinite(_vectors.norm(gradient)):
+        raise ValueError("The gradient is not finite at params, so it has no direction.")
+    return _vectors.unit(gradient)
 
 
 def _without(tree: Any, unit: Any) -> Any:
@@ -205,12 +215,14 @@ def _without(tree: Any, unit: Any) -> Any:
     return jax.tree.map(lambda x, u: x - component * u, tree, unit)
 
 
-def _leaf_directions(leaf: jax.Array, key: jax.Array, count: int, units: tuple[int, ...]) -> list[jax.Array]:
+def _leaf_directions(leaf: Array, key: jax.Array, count: int, units: tuple[int, ...]) -> list[jax.Array]:
     """``count`` directions for one leaf: orthogonal within each filter, each as long as the filter."""
     behind = tuple(range(leaf.ndim - len(units), leaf.ndim))
     moved = jnp.moveaxis(leaf, units, behind)
     filters = moved.reshape(-1, math.prod(leaf.shape[axis] for axis in units))
-    lengths = jnp.linalg.norm(filters, axis=0)
+    largest = jnp.max(jnp.abs(filters), axis=0, initial=0)
+    scale = jnp.where(largest > 0, largest, 1)  # so that squares are in range; NaN stays
+    lengths = scale * jnp.linalg.norm(filters / scale, axis=0)
     columns: list[jax.Array] = []
     for noise in jax.random.normal(key, (count, *filters.shape), leaf.dtype):
         if len(columns) == len(filters):  # the columns so far span the whole space

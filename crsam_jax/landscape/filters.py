@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.tree_util import GetAttrKey, keystr
+from jax.tree_util import keystr
+
+from crsam_jax.curvature._names import names_of
 
 Names = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -23,7 +25,7 @@ def output_axes(params: Any) -> dict[str, Axes]:
     """For each leaf of params the axes that number its output units, as :func:`filter_normalized_directions` sees them.
 
     A filter is what feeds one output unit: the slice of a kernel at one index of these axes. They follow from the
-    leaf's name:
+    leaf's name, the last part of its path. A flat name such as ``conv1.weight`` or ``attn/query/bias`` is a path:
 
     * ``kernel`` (flax), [..., inputs, outputs]: the last; as many as its bias has, which in attention are the heads
       and their features; those two in attention without biases.
@@ -67,23 +69,16 @@ def resolved(params: Any, given: Mapping[str, Any]) -> dict[str, Axes]:
       ValueError: if ``given`` names no leaf, or axes that the leaf does not have; or as :func:`output_axes`.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    shapes = {_names(path): jnp.shape(leaf) for path, leaf in leaves}
+    shapes = {names_of(path): jnp.shape(leaf) for path, leaf in leaves}
     paths = [keystr(path) for path, _ in leaves]
     for unknown in set(given) - set(paths):
         close = difflib.get_close_matches(unknown, paths, n=1) or paths[:1]
         hint = "".join(f"; there is {path!r}, for instance" for path in close)
         raise ValueError(f"output_axes names {unknown!r}, which is no leaf of params{hint}.")
     return {
-        path: _checked(path, given[path], jnp.shape(leaf)) if path in given else _by_name(path, _names(keys), shapes)
+        path: _checked(path, given[path], jnp.shape(leaf)) if path in given else _by_name(path, names_of(keys), shapes)
         for path, (keys, leaf) in zip(paths, leaves, strict=True)
     }
-
-
-def _names(path: Any) -> tuple[str, ...]:
-    """The names along a path, without the ``.value`` of flax's boxes and variables."""
-    if len(path) > 1 and path[-1] == GetAttrKey("value"):
-        path = path[:-1]
-    return tuple(keystr((key,), simple=True) for key in path)
 
 
 def _checked(path: str, axes: Any, shape: Shape) -> Axes:

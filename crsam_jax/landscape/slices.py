@@ -1,6 +1,5 @@
 """The loss on a line and on a plane through parameter space."""
 
-import functools
 from typing import Any
 
 import jax
@@ -10,7 +9,9 @@ import numpy as np
 from crsam_jax._checks import check_whole_number
 from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount, num_batches
-from crsam_jax.curvature._mean_loss import MeanLoss, Progress, like_params, widened_params
+from crsam_jax.curvature._checks import brief, whole_number
+from crsam_jax.curvature._mean_loss import MeanLoss, Progress, binder, like_params, per_loss, widened_params
+from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 
@@ -115,25 +116,28 @@ def _losses_at(
     progress: Progress | None,
 ) -> Array:
     """The losses at ``points``, coordinates of shape [points, directions]."""
-    check_whole_number("chunk_size", chunk_size, at_least=1)
+    chunk_size = whole_number("chunk_size", chunk_size, at_least=1)
     params = widened_params(params)
     directions = tuple(like_params(f"directions[{i}]", d, params) for i, d in enumerate(directions))
+    loss = MeanLoss(loss_fn, data, has_aux, example_count)
     chunks = _chunks(points, chunk_size)
     batches = 1 if data is None else num_batches(data)
     total = None if batches is None else len(chunks) * batches
     done = 0
 
-    def kernel(batch: Any, **settings: Any) -> jax.Array:
+    chunk_losses = _chunk_losses(loss_fn, has_aux)
+
+    def kernel(batch: Any) -> jax.Array:
         nonlocal done
         losses = []
         for chunk in chunks:
-            losses.append(jax.block_until_ready(_chunk_losses(params, directions, chunk, batch, **settings)))
+            losses.append(jax.block_until_ready(chunk_losses(params, directions, chunk, batch)))
             done += 1
             if progress is not None:
                 progress(done, total)
         return jnp.concatenate(losses)
 
-    losses = MeanLoss(loss_fn, data, has_aux, example_count).mean(kernel)
+    losses = loss.mean(kernel)
     return np.asarray(losses, np.float64)[: len(points)]
 
 
@@ -143,12 +147,12 @@ def _chunks(points: Array, chunk_size: int) -> list[Array]:
     return list(filled.reshape(-1, chunk_size, points.shape[1]))
 
 
-@functools.partial(jax.jit, static_argnames=("loss_fn", "has_aux"))
+@per_loss
 def _chunk_losses(
-    params: Any, directions: Any, points: jax.Array, batch: Any, *, loss_fn: LossFn, has_aux: bool
+    loss_fn: LossFn, has_aux: bool, params: Any, directions: Any, points: jax.Array, batch: Any
 ) -> jax.Array:
     """The losses at some points, [points]; a single one is not batched over params."""
-    loss = LossBinder(loss_fn, has_aux, call="data=dict({})")(batch)
+    loss = binder(loss_fn, has_aux)(batch)
 
     def loss_at(point: jax.Array) -> jax.Array:
         return loss(_combined(params, directions, point))
@@ -168,5 +172,5 @@ def _combined(params: Any, directions: tuple[Any, ...], coordinates: jax.Array) 
 def _checked_axis(name: str, coordinates: Any) -> Array:
     values = np.asarray(coordinates, np.float64)
     if values.ndim != 1 or not values.size or not np.all(np.isfinite(values)):
-        raise ValueError(f"{name} must be a vector of finite numbers, got shape {values.shape}: {values}.")
+        raise ValueError(f"{name} must be a vector of finite numbers, got shape {values.shape}: {brief(values)}.")
     return values

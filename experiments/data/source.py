@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
+from experiments import home
 from experiments.interruptions import held_back
 
 T = TypeVar("T")
@@ -25,7 +26,11 @@ def find_data_dir(data_dir: str | Path | None = None) -> Path:
     if "TFDS_DATA_DIR" in os.environ:
         return Path(os.environ["TFDS_DATA_DIR"]).expanduser()
     beside = PROJECT_ROOT.parent / "shared" / "tfds"
-    return beside if beside.is_dir() else Path.home() / "tensorflow_datasets"
+    if beside.is_dir():
+        return beside
+    if (own := home.folder()) is None:
+        raise FileNotFoundError("There is no home folder to look for data in: set TFDS_DATA_DIR, or use --data-dir.")
+    return own / "tensorflow_datasets"
 
 
 def find_builder(name: str, data_dir: str | Path | None = None) -> Any:

@@ -1,0 +1,169 @@
+"""Linear algebra on pytrees, leaf by leaf, so that leaves may be sharded over an explicit mesh.
+
+Norms are safe in range: elements are scaled by a power of two before they are squared. What is not finite gives NaN,
+never zero.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from crsam_jax.step import trees
+
+Vector = tuple[jax.Array, ...]
+"""An element of the vector space: the leaves of params that a measure runs over, in at least float32."""
+
+Product = Callable[[Vector], Vector]
+"""v -> Av for a symmetric matrix A."""
+
+
+class Scaled(NamedTuple):
+    """A number ``mantissa · 2^exponent``, whose parts are in range."""
+
+    mantissa: jax.Array
+    exponent: jax.Array
+
+    def __float__(self) -> float:
+        return float(np.ldexp(np.float64(self.mantissa), int(self.exponent)))
+
+
+@jax.jit
+def scaled_norm(tree: Any) -> Scaled:
+    """‖x‖ over the whole tree, with a mantissa in [1/2, √n) unless x is zero; NaN if an element is not finite."""
+    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.size(leaf)]
+    dtype = trees.wide_dtype(leaves)
+    largest = functools.reduce(
+        jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
+    )
+    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
+    squares = [jnp.sum(jnp.ldexp(leaf.astype(dtype), -exponent) ** 2) for leaf in leaves]
+    mantissa = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
+    return Scaled(jnp.where(jnp.isfinite(largest), mantissa, jnp.nan), exponent)
+
+
+def norm(tree: Any) -> float:
+    """‖x‖ over the whole tree; NaN if an element is not finite."""
+    return float(scaled_norm(tree))
+
+
+@jax.jit
+def unit(tree: Any) -> Any:
+    """x/‖x‖; zeros where x is zero, NaN if an element is not finite."""
+    length = scaled_norm(tree)
+    divisor = jnp.where(length.mantissa == 0, 1, length.mantissa)
+    return jax.tree.map(lambda leaf: jnp.ldexp(leaf, -length.exponent) / divisor.astype(leaf.dtype), trees.widen(tree))
+
+
+@jax.jit
+def shifted_by(tree: Any, exponent: Any) -> Any:
+    """The tree times 2^exponent."""
+    return jax.tree.map(lambda leaf: jnp.ldexp(leaf, exponent), tree)
+
+
+@jax.jit
+def dots_by_leaf(a: Vector, b: Vector) -> jax.Array:
+    """⟨a, b⟩ for each leaf, [leaves]."""
+    dtype = trees.wide_dtype(a, b)
+    return jnp.stack([jnp.sum(x.astype(dtype) * y.astype(dtype)) for x, y in zip(a, b, strict=True)])
+
+
+def placed_like(leaf: jax.Array, model: jax.Array) -> jax.Array:
+    """``leaf`` with the sharding of ``model``."""
+    return leaf if leaf.sharding == model.sharding else jax.device_put(leaf, model.sharding)
+
+
+def random_like(key: jax.Array, like: Vector, sampler: Callable[..., jax.Array] = jax.random.normal) -> Vector:
+    """Random leaves of the shapes, dtypes and shardings of ``like``; the numbers do not depend on the shardings."""
+    keys = jax.random.split(key, max(1, len(like)))
+    return tuple(
+        placed_like(sampler(leaf_key, leaf.shape, leaf.dtype), leaf) for leaf_key, leaf in zip(keys, like, strict=False)
+    )
+
+
+class Basis:
+    """Up to ``capacity`` orthonormal vectors, to which further ones are added.
+
+    Memory for ``capacity`` vectors is taken at once, so that one compiled program serves every step.
+    """
+
+    def __init__(self, like: Vector, capacity: int):
+        self.rows = tuple(_zero_rows(leaf, capacity) for leaf in like)
+        self.size = 0
+
+    def append(self, vector: Vector) -> None:
+        """Adds a unit vector that is orthogonal to the others."""
+        self.rows = _with_row(self.rows, self.size, vector)
+        self.size += 1
+
+    def without_span(self, vector: Vector) -> tuple[Vector, np.ndarray[Any, Any]]:
+        """``vector`` without its components in the basis, and these components, [capacity], float64."""
+        rest, coefficients = _without_span(self.rows, vector)
+        return rest, np.asarray(coefficients, np.float64)
+
+    def coefficients(self, vector: Vector) -> np.ndarray[Any, Any]:
+        """⟨qᵢ, vector⟩ for each vector qᵢ of the basis, [capacity], float64."""
+        return np.asarray(_coefficients(self.rows, vector), np.float64)
+
+    def combination(self, coordinates: Any) -> Vector:
+        """Σ cᵢ qᵢ over the first ``len(coordinates)`` vectors."""
+        capacity = self.rows[0].shape[0] if self.rows else 0
+        return _combination(self.rows, jnp.asarray(np.pad(coordinates, (0, capacity - len(coordinates)))))
+
+    def __getitem__(self, index: int) -> Vector:
+        return self.combination(np.eye(self.size)[index])
+
+
+def _zero_rows(leaf: jax.Array, capacity: int) -> jax.Array:
+    return jnp.zeros_like(leaf, shape=leaf.shape)[None] * jnp.zeros((capacity, *[1] * leaf.ndim), leaf.dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _with_row(rows: Vector, index: Any, vector: Vector) -> Vector:
+    return tuple(
+        jnp.where((jnp.arange(len(row)) == index).reshape(-1, *[1] * leaf.ndim), leaf[None], row)
+        for row, leaf in zip(rows, vector, strict=True)
+    )
+
+
+@jax.jit
+def _coefficients(rows: Vector, vector: Vector) -> jax.Array:
+    dtype = trees.wide_dtype(vector)
+    return sum((_inner(row, leaf).astype(dtype) for row, leaf in zip(rows, vector, strict=True)), jnp.zeros((), dtype))
+
+
+@jax.jit
+def _without_span(rows: Vector, vector: Vector) -> tuple[Vector, jax.Array]:
+    total: Any = 0
+    for _ in range(2):  # the second time removes what rounding left
+        coefficients = _coefficients(rows, vector)
+        inside = _combination(rows, coefficients)
+        vector = jax.tree.map(jnp.subtract, vector, inside)
+        total = total + coefficients
+    return vector, total
+
+
+@jax.jit
+def _combination(rows: Vector, coordinates: jax.Array) -> Vector:
+    return tuple(jnp.tensordot(coordinates.astype(row.dtype), row, 1, precision="highest") for row in rows)
+
+
+def _inner(row: jax.Array, leaf: jax.Array) -> jax.Array:
+    """⟨row[i], leaf⟩ for each i. A contraction over sharded axes does not trace on an explicit mesh, a sum does."""
+    if trees.is_sharded(leaf):
+        return jnp.sum(row * leaf[None], axis=tuple(range(1, row.ndim)))
+    return jnp.tensordot(row, leaf, leaf.ndim, precision="highest")
+
+
+def size(vectors: Sequence[jax.Array]) -> int:
+    """The number of elements of all leaves together."""
+    return sum(leaf.size for leaf in vectors)
+
+
+@jax.jit
+def residual(image: Vector, exponent: Any, value: Any, vector: Vector) -> Vector:
+    """2^−exponent · image − value · vector."""
+    return tuple(jnp.ldexp(y, -exponent) - jnp.asarray(value, y.dtype) * x for y, x in zip(image, vector, strict=True))
