@@ -21,6 +21,7 @@ from crsam_jax._one_sided import DecoupledWsamState, asam, decoupled_wsam, gradi
 from crsam_jax._parallel import Execution
 from crsam_jax._random_probes import random_probes
 from crsam_jax._sharpened import sharpened
+from crsam_jax._variants import functional_sam, le_sam, multi_step_sam, rwp, stable_sam
 from crsam_jax.policies import adaptive_policy, is_full_step, late, look, periodic
 from crsam_jax.shifted import eval_params, msam, s2sam
 
@@ -44,19 +45,24 @@ __all__ = [
     "diagnostics",
     "engine",
     "eval_params",
+    "functional_sam",
     "gradient_norm_penalty",
     "gsam",
     "is_full_step",
     "late",
+    "le_sam",
     "look",
     "msam",
+    "multi_step_sam",
     "periodic",
     "policies",
     "random_probes",
     "rsam",
+    "rwp",
     "s2sam",
     "sam",
     "sharpened",
+    "stable_sam",
     "wsam",
 ]
 

@@ -20,6 +20,7 @@ from crsam_jax._trees import Params, kind_of
 
 __all__ = [
     "Ascent",
+    "PreconditionedState",
     "SparseState",
     "adaptive_ascent",
     "dropped_ascent",
@@ -29,8 +30,11 @@ __all__ = [
     "largest_fraction",
     "masked_ascent",
     "momentum_ascent",
+    "preconditioned_ascent",
+    "random_weight_ascent",
     "smoothed_ascent",
     "sparse_ascent",
+    "variance_suppressed_ascent",
 ]
 
 GradientFn: TypeAlias = Callable[[Params], Params]
@@ -290,13 +294,52 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn) -> tuple[Any, Any]:
         del grads
-        noise = jax.tree.map(_relative_to_filters, normal_like(step_key(seed, state), params), params)
-        noise = jax.tree.map(lambda leaf: sigma * leaf, noise)
+        noise = filter_noise(sigma, step_key(seed, state), params)
         smoothed = jax.tree.map(lambda w, delta: (w + delta).astype(jnp.result_type(w)), params, noise)
         combined = trees.wide_map(lambda delta, g: delta + weight * g, noise, gradient_fn(smoothed))
         return trees.unit(combined), optax.safe_increment(state)
 
     return Ascent(_count, apply)
+
+
+def random_weight_ascent(sigma: float = 0.01, seed: int = 0) -> Ascent:
+    """Random weight perturbation: v = Δ, Gaussian noise drawn filter by filter; the gradient is not looked at.
+
+    Δ is the noise of :func:`smoothed_ascent`. ‖v‖ is about σ‖w‖: use it with ρ = 1.
+
+    Args:
+      sigma: σ ≥ 0, size of the noise relative to the weights.
+      seed: an integer.
+
+    Raises:
+      TypeError, ValueError: for bad numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> ascent = crsam_jax.ascents.random_weight_ascent(sigma=0.1)
+      >>> w = jnp.ones(10_000)
+      >>> direction, _ = ascent.apply(w, ascent.init(w), w)
+      >>> print(round(float(jnp.linalg.norm(direction) / jnp.linalg.norm(w)), 2))
+      0.1
+
+    References:
+      Li et al., "Revisiting Random Weight Perturbation for Efficiently Improving Generalization", TMLR 2024, arXiv
+      2404.00357.
+    """
+    check_number("sigma", sigma)
+    check_seed(seed)
+
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
+        del grads, gradient_fn
+        return filter_noise(sigma, step_key(seed, state), params), optax.safe_increment(state)
+
+    return Ascent(_count, apply)
+
+
+def filter_noise(sigma: float, key: jax.Array, params: Params) -> Params:
+    """Gaussian noise with E‖Δ‖² = σ²‖w‖² in each filter, in at least float32."""
+    noise = jax.tree.map(_relative_to_filters, normal_like(key, params), params)
+    return jax.tree.map(lambda leaf: sigma * leaf, noise)
 
 
 def dropped_ascent(keep: float = 0.5, seed: int = 0) -> Ascent:
@@ -441,6 +484,85 @@ def friendly_ascent(sigma: float = 1.0, decay: float = 0.9) -> Ascent:
         return trees.unit(difference), _updated(state, mean, grads)
 
     return Ascent(_zeros, apply)
+
+
+def variance_suppressed_ascent(theta: float = 0.4) -> Ascent:
+    """VaSSO's direction: v = d/‖d‖ with the running mean d ← (1−θ) d + θ g, from d = 0.
+
+    Args:
+      theta: θ in (0, 1]. θ = 1 is :func:`gradient_ascent`.
+
+    Raises:
+      TypeError, ValueError: if theta is not a number in (0, 1].
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> ascent = crsam_jax.ascents.variance_suppressed_ascent(theta=0.5)
+      >>> _, state = ascent.apply(jnp.array([8.0, 0.0]), ascent.init(jnp.zeros(2)), None)
+      >>> direction, _ = ascent.apply(jnp.array([2.0, 8.0]), state, None)
+      >>> print(direction)  # of ½ [4, 0] + ½ [2, 8] = [3, 4]
+      [0.6 0.8]
+
+    References:
+      Li, Giannakis, "Enhancing Sharpness-Aware Optimization Through Variance Suppression", NeurIPS 2023; arXiv
+      2509.02433.
+    """
+    check_number("1 - theta", 1 - theta, below=1)
+
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
+        del params, gradient_fn
+        new = _updated(state, lambda d, g: (1 - theta) * d + theta * g, grads)
+        return trees.unit(new), new
+
+    return Ascent(_zeros, apply)
+
+
+class PreconditionedState(NamedTuple):
+    """State of :func:`preconditioned_ascent`: steps so far, and the running mean of g², a tree like params."""
+
+    steps: jax.Array
+    second_moment: Any
+
+
+def preconditioned_ascent(decay: float = 0.999, epsilon: float = 1e-8) -> Ascent:
+    """The direction of Adam's metric: v = p/‖p‖ with p = g/(√ν̂ + ε), ν ← β ν + (1−β) g², ν̂ = ν/(1 − βᵗ).
+
+    Args:
+      decay: β in [0, 1), Adam's ``b2``.
+      epsilon: ε > 0, Adam's ``eps``.
+
+    Raises:
+      TypeError, ValueError: for bad numbers.
+
+    Example:
+      >>> import jax.numpy as jnp, crsam_jax
+      >>> ascent = crsam_jax.ascents.preconditioned_ascent()
+      >>> g = jnp.array([3.0, -0.01])
+      >>> direction, _ = ascent.apply(g, ascent.init(g), g)
+      >>> print(direction * 2**0.5)  # in the first step the sign of g
+      [ 1. -1.]
+
+    References:
+      Singh et al., "Avoiding spurious sharpness minimization broadens applicability of SAM", ICML 2025, arXiv
+      2502.02407: preconditioned SAM, for language models.
+    """
+    check_number("decay", decay, below=1)
+    check_number("epsilon", epsilon)
+
+    def init(params: Any) -> PreconditionedState:
+        return PreconditionedState(jnp.zeros((), jnp.int32), _zeros(params))
+
+    def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
+        del params, gradient_fn
+        steps = optax.safe_increment(state.steps)
+        moment = _updated(state.second_moment, lambda nu, g: decay * nu + (1 - decay) * g**2, grads)
+
+        def scale(g: jax.Array, nu: jax.Array) -> jax.Array:
+            return g / (trees.safe_sqrt(nu / (1 - decay ** steps.astype(nu.dtype))) + epsilon)
+
+        return trees.unit(trees.wide_map(scale, grads, moment)), PreconditionedState(steps, moment)
+
+    return Ascent(init, apply)
 
 
 def _updated(state: Any, rule: Any, grads: Any) -> Any:

@@ -526,7 +526,13 @@ class Method:
         )
 
     def gradient(
-        self, loss: Loss, grads: Params, state: SharpnessAwareState, params: Params, loss_here: Any = None
+        self,
+        loss: Loss,
+        grads: Params,
+        state: SharpnessAwareState,
+        params: Params,
+        loss_here: Any = None,
+        perturbed_loss: Loss | None = None,
     ) -> tuple[Params, SharpnessAwareState]:
         """The method's gradient and the state after the step.
 
@@ -536,13 +542,19 @@ class Method:
           state: the state before the step.
           params: w.
           loss_here: L(w) if the caller has it.
+          perturbed_loss: the loss at the perturbed points, if it is another one.
         """
         check_params(params)
         check_gradient(grads, params)
         axis = self.execution.local_axis
         here = varying(params, axis)
         direction, memory = self._direction(loss, grads, state.ascent, here, self.execution)
-        gradient, seen = self._step(loss, grads, state.step_count, here, direction, loss_here)
+        if self.rule.reads_gradient:
+            loss_here = loss_at(loss, here, loss_here, self.execution.averaging_axis)
+        else:  # nobody reads it
+            loss_here = jnp.zeros((), trees.wide_dtype(params))
+        seen_loss = loss if perturbed_loss is None else perturbed_loss
+        gradient, seen = self._step(seen_loss, Evaluation(loss_here, grads), state.step_count, here, direction)
         if axis is not None:
             # All parts of the batch keep one memory: the one that a step with the averaged gradient leaves.
             averaging = dataclasses.replace(self.execution, sync_perturbation=True)
@@ -563,8 +575,9 @@ class Method:
         return self.ascent.apply(grads, memory, params, lambda point: gradient_at(loss, point, execution))
 
     def _step(
-        self, loss: Loss, grads: Params, count: jax.Array, params: Params, direction: Params | None, loss_here: Any
+        self, loss: Loss, at_params: Evaluation, count: jax.Array, params: Params, direction: Params | None
     ) -> tuple[Params, Diagnostics]:
+        loss_here, grads = at_params
         rule, dtype = self.rule, trees.wide_dtype(params)
         rho = value_at(self.rho, count, dtype)
         numbers = {name: value_at(value, count, dtype) for name, value in rule.numbers.items()}
@@ -578,13 +591,9 @@ class Method:
         else:
             plus = Displacement(direction, (radius,))
         points = [plus, *rule.points(params, plus, count)]
-        if rule.reads_gradient:
-            loss_here = loss_at(loss, params, loss_here, self.execution.averaging_axis)
-        else:  # nobody reads it
-            loss_here = jnp.zeros((), dtype)
         evaluations = evaluate(loss, params, points, self.execution)
 
-        losses = [trees.widen(at.loss) for at in (Evaluation(loss_here, grads), *evaluations)]
+        losses = [trees.widen(at.loss) for at in (at_params, *evaluations)]
         gradients = [grads, *(at.grads for at in evaluations)]
         basis = lambda *leaves: rule.basis(losses, *leaves)
         gram, along, v_norm = _inner_products(basis, gradients, length, direction)
@@ -786,6 +795,7 @@ def sharpness_aware(
     has_aux: bool = False,
     mask: Mask | None = None,
     execution: Execution | None = None,
+    perturbed_loss_fn: Callable[..., Any] | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Builds a method from an ascent and a rule.
 
@@ -797,6 +807,9 @@ def sharpness_aware(
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       mask: which part of the params to perturb.
       execution: how the loss is evaluated.
+      perturbed_loss_fn: the loss at the perturbed points, if it is another one than at w:
+        ``perturbed_loss_fn(point, center, **kwargs)``, where ``center`` is w and constant; its gradient by ``point``
+        counts. It must have the value and the gradient of ``loss_fn`` at w, or the step counts as mismatched.
 
     Returns:
       The transformation, from the gradient g at w to the combined gradient, same structure and dtypes.
@@ -820,6 +833,7 @@ def sharpness_aware(
     """
     method = Method.of(rule, rho, ascent, mask, execution)
     bind = LossBinder(loss_fn, has_aux)
+    bind_perturbed = None if perturbed_loss_fn is None else LossBinder(perturbed_loss_fn, has_aux)
 
     def update(
         updates: Params,
@@ -830,6 +844,7 @@ def sharpness_aware(
         **extra_args: Any,
     ) -> tuple[Params, SharpnessAwareState]:
         bind.refuse_positional(args)
-        return method.gradient(bind(extra_args), updates, state, params, checked_loss(loss))
+        perturbed = None if bind_perturbed is None else bind_perturbed({**extra_args, "center": params})
+        return method.gradient(bind(extra_args), updates, state, params, checked_loss(loss), perturbed)
 
     return optax.GradientTransformationExtraArgs(method.init, update)
