@@ -518,9 +518,9 @@ def variance_suppressed_ascent(theta: float = 0.4) -> Ascent:
 
 
 class PreconditionedState(NamedTuple):
-    """State of :func:`preconditioned_ascent`: steps so far, and the running mean of g², a tree like params."""
+    """State of :func:`preconditioned_ascent`: how many, and the running mean of g², a tree like params."""
 
-    steps: jax.Array
+    ascent_steps: jax.Array
     second_moment: Any
 
 
@@ -554,7 +554,7 @@ def preconditioned_ascent(decay: float = 0.999, epsilon: float = 1e-8) -> Ascent
 
     def apply(grads: Any, state: Any, params: Any, gradient_fn: GradientFn | None = None) -> tuple[Any, Any]:
         del params, gradient_fn
-        steps = optax.safe_increment(state.steps)
+        steps = optax.safe_increment(state.ascent_steps)
         moment = _updated(state.second_moment, lambda nu, g: decay * nu + (1 - decay) * g**2, grads)
 
         def scale(g: jax.Array, nu: jax.Array) -> jax.Array:
