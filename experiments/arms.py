@@ -4,7 +4,9 @@ import dataclasses
 import re
 from typing import Any, NamedTuple
 
-from experiments.optimizers import method_of
+from experiments import ranges
+from experiments.names import unknown
+from experiments.optimizers import METHODS, method_of
 from experiments.overrides import Changes, changed, parse
 from experiments.recipes import Recipe
 
@@ -36,6 +38,7 @@ def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
     Settings count in this order: the recipe's; those that it has for this arm, or else for its method, or else for
     the method's parent; ``changes``, what was asked for explicitly; the arm's own.
     """
+    check_per_method(recipe)
     arm = read(name)
     keys = name, arm.method, method_of(dataclasses.replace(recipe, method=arm.method)).family
     chosen = next((recipe.per_method[key] for key in keys if key in recipe.per_method), {})
@@ -49,3 +52,19 @@ def label(recipe: Recipe, name: str) -> str:
     times = [f"{arm.times:g}× epochs"] if arm.times != 1 else []
     settings = [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()]
     return ", ".join([method_of(dataclasses.replace(recipe, method=arm.method)).label, *times, *settings])
+
+
+def check_per_method(recipe: Recipe) -> None:
+    """Checks the settings that a recipe has for single arms: the arms' methods, the settings' names, types and ranges.
+
+    Raises:
+      ValueError: naming the arm and what is wrong.
+    """
+    known = {*METHODS, *(method.family for method in METHODS.values())}
+    for name, settings in recipe.per_method.items():
+        if read(name).method not in known:
+            raise unknown("arm in per_method", name, sorted(known))
+        try:
+            ranges.check(changed(dataclasses.replace(recipe, per_method={}), settings))
+        except ValueError as error:
+            raise ValueError(f"per_method.{name}: {error}") from error

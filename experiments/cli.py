@@ -158,7 +158,7 @@ def main() -> int:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
-    except (FloatingPointError, ImportError, OSError, ValueError) as error:
+    except (FloatingPointError, ImportError, OSError, OverflowError, RecursionError, ValueError) as error:
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return 1
     return 0

@@ -6,6 +6,7 @@ from pathlib import Path
 from experiments import arms, jobs, ranges, runs
 from experiments.configs import Compare, Run
 from experiments.jobs import Job
+from experiments.names import unknown
 from experiments.optimizers import METHODS
 from experiments.overrides import Changes
 from experiments.recipes import Recipe
@@ -31,7 +32,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     against = config.against or names[:1]
     for reference in against:
         if reference not in names:
-            raise ValueError(f"--against {reference} is none of the arms: {', '.join(names)}.")
+            raise unknown("arm to take as --against", reference, names)
     folder = run.out or Path("results") / name / "compare"
     recipes = {arm: arms.resolve(recipe, arm, changes, seed=0) for arm in names}
     ranges.check(*recipes.values())

@@ -120,7 +120,9 @@ def read_result(job: Job) -> Result:
     names = ["learning_rate", *METHODS[recipe.method].tunes] + ["ema"] * (recipe.ema is not None)
     start = job.arm, recipe.seed, " ".join(f"{name}={settings[name]:g}" for name in names), recipe.epochs
     if failed.exists():
-        note = json.loads(failed.read_text())
+        note = runs.read_json(failed)
+        if not (isinstance(note.get("chance"), (int, float)) and isinstance(note.get("error"), str)):
+            raise ValueError(f"{failed} is damaged: it should hold chance and error. Delete it to train again.")
         return Result(*start, test_accuracy=note["chance"], error=note["error"])
     rows = job.rows
     last, seconds = rows[-1], sum(row.seconds for row in rows)

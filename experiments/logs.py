@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Self
 import optax
 
 from experiments import files, tables
+from experiments.runs import from_json
 
 
 class EpochRow(NamedTuple):
@@ -132,7 +133,14 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     *lines, _ = files.read(path).decode().split("\n")  # what follows the last end of line was cut off
-    return [json.loads(line) for line in lines]
+    try:
+        steps = [from_json(line) for line in lines]
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {str(error)[:200]}.") from error
+    for step in steps:
+        if not (isinstance(step, dict) and type(step.get("step")) is int):
+            raise ValueError(f"{path} is damaged: a line is no step: {str(step)[:100]}.")
+    return steps
 
 
 def _start_wandb(project: str, folder: Path, config: Any) -> Any:

@@ -11,7 +11,7 @@ from typing import Any
 
 from experiments import recipes, runs
 from experiments.names import unknown
-from experiments.ranges import flat
+from experiments.ranges import check, flat
 from experiments.recipes import Recipe
 
 Changes = Mapping[str, Any]
@@ -55,7 +55,7 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         if not is_assigned:
             raise ValueError(f"A setting is changed by key=value, got {text!r}.")
         with contextlib.suppress(json.JSONDecodeError):
-            value = json.loads(value)
+            value = runs.from_json(value)
         result[key.replace("-", "_")] = value
     return result
 
@@ -71,9 +71,11 @@ def find(name: str) -> Recipe:
         return recipes.get(name)
     settings = read(Path(name))
     try:
-        return from_settings(settings)
+        recipe = from_settings(settings)
+        check(recipe)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    return recipe
 
 
 def from_settings(settings: Changes) -> Recipe:
@@ -92,10 +94,12 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
             raise unknown(f"value of {key}", str(value), options)
         return value
     kinds = options if origin in (types.UnionType, typing.Union) else (origin,)
+    if type(value) is int and abs(value) >= 2**63:
+        raise ValueError(f"{key} must be less than 2⁶³ in size, got a number of {len(str(value)[:5000])} digits.")
     if float in kinds and type(value) is int:
         value = float(value)
     is_traced = float in kinds and hasattr(value, "dtype")
     if not is_traced and (not isinstance(value, kinds) or isinstance(value, bool)):
         names = " | ".join("None" if one is types.NoneType else one.__name__ for one in kinds)
-        raise ValueError(f"{key} must be of type {names}, got {value!r}.")
+        raise ValueError(f"{key} must be of type {names}, got {repr(value)[:100]}.")
     return value

@@ -21,6 +21,8 @@ class Range(NamedTuple):
 
     def holds(self, number: float) -> bool:
         """Whether a number is finite and in the range."""
+        if abs(number) >= 2.0**1023:  # also a whole number that no float holds
+            return False
         is_above = number >= self.low if self.with_low else number > self.low
         is_below = number <= self.high if self.with_high else number < self.high
         return math.isfinite(number) and is_above and is_below
@@ -68,7 +70,7 @@ def check(*settings: Any) -> None:
         values = flat(one)
         for name, allowed in ranges_of(type(one)).items():
             if values[name] is not None and not allowed.holds(values[name]):
-                raise ValueError(f"{option(name)} must be {allowed}, got {values[name]:.10g}.")
+                raise ValueError(f"{option(name)} must be {allowed}, got {_shown(values[name])}.")
         if hasattr(one, "check_together"):
             one.check_together()
 
@@ -91,3 +93,10 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 def option(name: str) -> str:
     """A setting's name on the command line."""
     return "--" + name.replace("_", "-")
+
+
+def _shown(number: float) -> str:
+    try:
+        return f"{number:.10g}"
+    except OverflowError:
+        return f"a whole number of {number.bit_length()} bits" if isinstance(number, int) else str(number)

@@ -141,14 +141,43 @@ class Recipe:
             raise ValueError(
                 f"--warmup-epochs must be less than --epochs, which is {self.epochs}, got {self.warmup_epochs:g}."
             )
+        for arm, settings in self.per_method.items():
+            if not isinstance(settings, dict):
+                raise ValueError(f"per_method.{arm} must be settings by name, got {str(settings)[:100]!r}.")
         for name, value in self.model_options.items():
-            for number in value if isinstance(value, (tuple, list)) else [value]:
-                if not isinstance(number, str) and number < 1:
-                    raise ValueError(f"{option('model_options.' + name)} must be at least 1, got {value}.")
+            _check_model_option(name, value)
         if self.dataset == "imagenet2012":
             for name in ("examples_per_class", "test_examples_per_class", "label_noise", "validation_fraction"):
                 if getattr(self, name):
                     raise ValueError(f"{option(name)} is not for imagenet2012, which is streamed whole.")
+
+
+_MODEL_OPTIONS: dict[str, str] = {
+    "width": "whole number", "depth": "whole number", "patch_size": "whole number", "num_heads": "whole number",
+    "alpha": "whole number", "widen_factor": "whole number", "stage_sizes": "list of whole numbers", "stem": "text",
+    "zero_init_residual": "truth value",
+}  # fmt: skip
+"""The options of all networks, and what each takes."""
+
+
+def _check_model_option(name: str, value: Any) -> None:
+    """Raises ValueError for an option of no network, or a value that it does not take."""
+    if name not in _MODEL_OPTIONS:
+        raise unknown("model option", name, _MODEL_OPTIONS)
+    kind, full = _MODEL_OPTIONS[name], option("model_options." + name)
+    numbers = value if isinstance(value, (tuple, list)) else [value]
+    fits = {
+        "whole number": type(value) is int,
+        "list of whole numbers": isinstance(value, (tuple, list))
+        and bool(value)
+        and all(type(n) is int for n in value),
+        "text": isinstance(value, str),
+        "truth value": isinstance(value, bool),
+    }[kind]
+    if not fits:
+        raise ValueError(f"{full} must be a {kind}, got {repr(value)[:100]}.")
+    if "whole" in kind and not all(1 <= number < 2**31 for number in numbers):
+        raise ValueError(f"{full} must be at least 1, got {str(value)[:100]}.")
 
 
 _TABLE_4 = dict(epochs=200, batch_size=128, learning_rate=0.05, weight_decay=5e-3, augmentation="basic")

@@ -34,10 +34,11 @@ def check_free(recipe: Recipe, folder: Path) -> None:
     if path.exists():
         saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
-        is_longer = names == ["epochs"] and saved["epochs"] < wanted["epochs"]
+        is_longer = names == ["epochs"] and type(saved.get("epochs")) is int and saved["epochs"] < wanted["epochs"]
         if not names or (is_longer and recipe.schedule == "constant"):
             return
-        changes = "; ".join(f"{name} {saved.get(name)} there, {wanted.get(name)} here" for name in names)
+        pairs = (f"{name} {str(saved.get(name))[:100]} there, {str(wanted.get(name))[:100]} here" for name in names)
+        changes = "; ".join(pairs)[:1000]
         hint = (
             " Its learning rate falls to zero with its last epoch, and with more of them would have been another from "
             "the first step on: only runs with --schedule constant can be extended."
@@ -52,26 +53,28 @@ def check_free(recipe: Recipe, folder: Path) -> None:
 def read_json(path: Path) -> dict[str, Any]:
     """What :func:`save_json` wrote; if it is damaged, a ValueError that names the copy of a checkpoint."""
     try:
-        content = json.loads(files.read(path), object_pairs_hook=_without_duplicates)
+        content = from_json(files.read(path))
         if isinstance(content, dict):
             return content
         error = f"it holds {type(content).__name__}"
-    except RecursionError:
-        error = "it is nested too deeply"
-    except (json.JSONDecodeError, UnicodeDecodeError, _DuplicateError) as failure:
+    except ValueError as failure:
         error = str(failure)
     raise ValueError(f"{path} is damaged, or not JSON: {error}. {_mended_by_copy(path)}".rstrip())
 
 
-class _DuplicateError(ValueError):
-    """A key that stands twice in an object of a JSON file."""
+def from_json(text: str | bytes) -> Any:
+    """What JSON says. A key that stands twice, or nesting without end, is a ValueError like any other mistake."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = dict(pairs)
     if len(content) < len(pairs):
         names = [name for name, _ in pairs]
-        raise _DuplicateError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
     return content
 
 

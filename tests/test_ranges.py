@@ -136,8 +136,14 @@ def test_the_recipes_are_in_range():
 
 def test_another_networks_options_are_refused(monkeypatch, capsys, tmp_path):
     for options, said in (
-        (["--set", "model_options.patch_size=4"], "convnet has no option 'patch_size', it has width"),
-        (["--model", "resnet8", "--set", "model_options.depth=4"], "resnet8 has no option 'depth', it has "),
+        (
+            ["--set", "model_options.patch_size=4"],
+            "option of convnet (see model_options) 'patch_size': there are width.",
+        ),
+        (
+            ["--model", "resnet8", "--set", "model_options.depth=4"],
+            "no option of resnet8 (see model_options) 'depth'",
+        ),
         (["--dtype", "bfloat16"], "float32 alone"),
     ):
         monkeypatch.setattr(sys, "argv", ["experiments", "train", "digits", *options, "--out", str(tmp_path / "out")])

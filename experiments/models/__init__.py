@@ -29,7 +29,7 @@ _NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
 }
 NAMES = tuple(_NETWORKS)
 
-_GIVEN = {"self", "make", "num_classes", "channels", "image_shape", "rngs"}  # by the data and the recipe
+_GIVEN = {"self", "make", "num_classes", "channels", "image_shape", "rngs", "block"}  # by the data and the recipe
 
 _SMALL_IMAGE = 64  # pixels; residual networks take the stem of ImageNet above
 
@@ -64,7 +64,7 @@ def build(
     known = [option for option in inspect.signature(architecture.__init__).parameters if option not in _GIVEN]
     for option in changes:
         if option not in known:
-            raise ValueError(f"{name} has no option {option!r}, it has {', '.join(known)}: see model_options.")
+            raise unknown(f"option of {name} (see model_options)", option, known)
     if architecture is ConvNet:
         if (dtype := jnp.dtype(dtype)) != jnp.float32:
             raise ValueError(f"The ConvNet computes in float32 alone: take another network for --dtype {dtype}.")
