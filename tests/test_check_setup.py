@@ -75,7 +75,7 @@ CHAINS = {
     "clipping behind s2sam": (optax.chain(crsam_jax.s2sam(SGD), optax.clip(0.1)), "stands behind msam or s2sam"),
     "nothing to perturb": (
         optax.chain(sam(LOSS_FN, mask=jax.tree.map(lambda _: False, PARAMS)), SGD),
-        "a mask leaves nothing to perturb",
+        "mask is False for all params",
     ),
     "no method": (SGD, "holds no sharpness-aware method"),
     "another loss": (

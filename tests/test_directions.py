@@ -76,10 +76,12 @@ def test_mask_may_be_a_prefix():
 
 
 def test_mask_of_true_and_of_false_are_the_ends():
+    everything = lambda params: jax.tree.map(lambda _: True, params)
     np.testing.assert_array_equal(
-        flat(direction(masked_ascent(gradient_ascent(), True))), flat(direction(gradient_ascent()))
+        flat(direction(masked_ascent(gradient_ascent(), everything))), flat(direction(gradient_ascent()))
     )
-    assert not np.any(flat(direction(masked_ascent(gradient_ascent(), False))))
+    with pytest.raises(ValueError, match="mask is False for all params"):
+        direction(masked_ascent(gradient_ascent(), lambda params: jax.tree.map(lambda _: False, params)))
 
 
 def test_masks_that_do_not_fit_are_errors_that_say_where():

@@ -350,7 +350,7 @@ def test_tree_map_params_finds_the_reused_direction_alone(name):
 
 def test_bad_arguments():
     for policy in (periodic, look):
-        with pytest.raises(TypeError, match="k must be an integer"):
+        with pytest.raises(TypeError, match="k must be a whole number"):
             policy(sam(loss_fn), k=2.0)
         with pytest.raises(ValueError, match="k must be at least 1"):
             policy(sam(loss_fn), k=0)
