@@ -134,7 +134,7 @@ def crsam(
         ``grad`` and ``value_fn``. It must be pure: it is traced several times. Settings that are not arrays
         (``train=True``) are closed over. ``None``: the loss is given at each ``update``, as
         ``value_fn=lambda params: ...`` (optax's name for it in line searches) or ``obj_fn=``.
-      rho: ρ ≥ 0, the distance to the probes in parameter space, a number or schedule.
+      rho: ρ ≥ 0, the distance to the perturbed points in parameter space, a number or schedule.
       alpha: α ≥ 0, weight of the curvature term, a number or schedule.
       beta: β ≥ 0, weight of the gradient-norm term, a number or schedule. At α = β the linear form does not
         depend on g⁻.
@@ -148,8 +148,8 @@ def crsam(
       probes: ``None``: the penalty looks along v, as the paper's algorithm does; :func:`random_probes`: along
         random directions, as its eq. 7 does. The logarithmic penalty and differences of losses only.
       ascent: the rule for v; ``None`` is :func:`crsam_jax.ascents.gradient_ascent`, the paper's.
-      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux of the probes is dropped: the model state
-        (BatchNorm statistics) to keep is that of the caller's own pass at w.
+      has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux at the perturbed points is dropped: keep
+        the model state (BatchNorm statistics) of your own pass at w.
       mask: which part of the params to perturb: a prefix of params with bool leaves, or a function from
         params to one (declare that static under ``optax.inject_hyperparams``). The gradient returned covers
         all of them.
@@ -232,7 +232,7 @@ class GradientFn(NamedTuple):
       init: ``params -> state``.
       step: ``(params, grads, state, *, loss=None, **kwargs) -> (gradient, new_state)``; ``new_state.diagnostics`` says
         what was seen, and counts add up.
-      draws: whether it draws random probes, which depend on the count in the state.
+      draws: whether it draws random directions, which depend on the step count in the state.
     """
 
     init: Callable[[Params], SharpnessAwareState]

@@ -125,7 +125,7 @@ class LossBinder:
         )
 
     def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """Returns those of ``given`` that ``loss_fn`` takes, by name.
+        """Returns the arguments in ``given`` that ``loss_fn`` takes, by name.
 
         Raises:
           TypeError: if an argument that ``loss_fn`` requires is missing.

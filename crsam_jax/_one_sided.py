@@ -55,8 +55,8 @@ def sam(
 
     Args:
       rho: ρ ≥ 0, distance of the ascent step, a number or schedule.
-      ascent_only: whether the gradient passed in gives the direction and nothing else. It may then be that of a part of
-        the batch, at 1 + b′/b evaluations a step; L(w) is not needed, and the state holds
+      ascent_only: whether the gradient passed in gives the direction and nothing else. It may then be taken on a
+        part of the batch, at 1 + b′/b evaluations per step; L(w) is not needed, and the state holds
         :class:`crsam_jax.diagnostics.AscentOnlyDiagnostics`.
       loss_fn, ascent, has_aux, mask, execution: as in :func:`crsam_jax.crsam`.
 
@@ -263,7 +263,7 @@ def decoupled_wsam(
 
     The sharpness term sees neither momentum nor preconditioning, clipping or weight decay. This is a whole
     optimizer, not a stage before one: it returns updates to add to params. With plain SGD of the same learning rate
-    it equals :func:`crsam_jax.wsam` in front of it. Where the probe fails, a schedule leaves its range (γ reaches 1,
+    it equals :func:`crsam_jax.wsam` in front of it. Where g⁺ is not finite, a schedule leaves its range (γ reaches 1,
     η is negative), or the sum overflows, the sharpness term is left out and the step counted in ``guarded_steps``.
 
     Args:

@@ -56,7 +56,7 @@ class Execution:
         perturbation and fallbacks, and the results and diagnostics are averaged at the end (a step counts as guarded
         if any part was). ``jax.vmap(..., axis_name=...)`` over parts of the batch does it on one device.
       probe_axis: a mesh axis over which the points are distributed; each device sees its group's whole batch. Under
-        ``jit`` the mesh is that of ``jax.set_mesh``, and arrays may be sharded over its other axes as usual; under
+        ``jit`` the mesh comes from ``jax.set_mesh``, and arrays may be sharded over its other axes as usual; under
         ``shard_map`` the arguments of the loss must be the same along this axis.
 
     Raises:

@@ -167,7 +167,7 @@ def safe_ratio(numerator: jax.Array, denominator: jax.Array) -> jax.Array:
 
 
 def _folded(term: jax.Array) -> jax.Array:
-    """The sum over all axes but a short last one, which is summed up later, together with those of other leaves."""
+    """The sum over all axes but a short last one, which is summed later together with other leaves."""
     axes = tuple(range(term.ndim - (term.shape[-1] <= _SMALL)))
     return jnp.sum(term, axis=axes)
 

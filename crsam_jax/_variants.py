@@ -224,7 +224,7 @@ def functional_sam(
 
     Args:
       network_fn: ``network_fn(params, **kwargs) -> outputs``, a tree of arrays (logits).
-      criterion_fn: ``criterion_fn(outputs, **kwargs) -> loss``, a scalar. The gradient passed in is that of
+      criterion_fn: ``criterion_fn(outputs, **kwargs) -> loss``, a scalar. Pass in the gradient of
         ``criterion_fn(network_fn(params, ...), ...)``. Both take their arguments by name from ``update``.
       rho: ρ ≥ 0, a number or schedule.
       ascent: the rule for v; the paper pairs it with :func:`crsam_jax.ascents.preconditioned_ascent` too.

@@ -284,9 +284,9 @@ def smoothed_ascent(sigma: float = 0.05, weight: float = 1.0, seed: int = 0) -> 
 
     References:
       Liu et al., "Random Sharpness-Aware Minimization", NeurIPS 2022. Verified from its abstract: the loss is
-      smoothed by a random perturbation and the ascent step is taken from there. Not verified, for want of the
-      paper's body: that the noise stays in the perturbation, the role of λ, and the noise's scale, which is a
-      convention of this library.
+      smoothed by a random perturbation and the ascent step is taken from there. Only the abstract was
+      available: that the noise stays in the perturbation, the role of λ and the noise's scale are this library's
+      choice.
     """
     check_number("sigma", sigma)
     check_number("weight", weight)
@@ -415,7 +415,7 @@ def momentum_ascent(decay: float = 0.9) -> Ascent:
     combinations with other methods, ``crsam(loss_fn, ascent=momentum_ascent())`` for one.
 
     Args:
-      decay: μ in [0, 1), that of the momentum.
+      decay: μ in [0, 1), the momentum's.
 
     Raises:
       TypeError, ValueError: if decay is not a number in [0, 1).
@@ -706,7 +706,7 @@ def dynamic_sparse_ascent(
 
 
 def _exchanged(mask: Any, grads: Any, growth: Any, share: jax.Array) -> Any:
-    """The mask with ``share`` of its elements, those of smallest |g|, replaced by as many of the largest ``growth``."""
+    """The mask, whose ``share`` with the smallest |g| gives way to elements with the largest ``growth``."""
     leaves, structure = jax.tree.flatten(mask)
     kept = _flatten(leaves, bool)
     number = jnp.floor(share * jnp.sum(kept).astype(share.dtype)).astype(jnp.int32)

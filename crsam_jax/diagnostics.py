@@ -19,8 +19,8 @@ class OneSidedDiagnostics(NamedTuple):
       cosine: cosine of the angle between g and the gradient returned.
       curvature: ⟨v, g⁺ − g⟩/(ρ‖v‖²) ≈ vᵀHv/‖v‖².
       guarded_steps: how many steps so far fell back on g.
-      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probe: most steps
-        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
+      mismatched_steps: in how many steps so far g or L did not belong to the loss at the perturbed point. If it is
+        most steps, the set-up is wrong: see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array
@@ -38,8 +38,8 @@ class AscentOnlyDiagnostics(NamedTuple):
     Attributes:
       loss_plus: L⁺ = L(w + ρv).
       grad_norm: ‖g‖ over the whole tree, of the gradient passed in.
-      slope: ⟨v, g⁺⟩/‖v‖, of the loss at the probe. Along the gradient, slope/grad_norm says how much of the part's
-        direction the whole batch shares.
+      slope: ⟨v, g⁺⟩/‖v‖, the slope at the perturbed point. Along the gradient, slope/grad_norm says how much of the
+        part's direction the whole batch shares.
       guarded_steps: how many steps so far fell back on g.
     """
 
@@ -58,15 +58,15 @@ class TwoSidedDiagnostics(NamedTuple):
       loss_minus: L⁻ = L(w − ρv).
       grad_norm: ‖g‖ over the whole tree.
       cosine: cosine of the angle between g and the gradient returned.
-      slope: D/(2ρ‖v‖) ≈ vᵀ∇L/‖v‖, which is ‖g‖ along the gradient. Far from ``grad_norm`` means that the gradient
-        passed in is not that of the loss: other data, other dropout mask, scaled or clipped.
+      slope: D/(2ρ‖v‖) ≈ vᵀ∇L/‖v‖, which is ‖g‖ along the gradient. Far from ``grad_norm`` it betrays a gradient
+        of another loss: other data, another dropout mask, scaled or clipped.
       curvature: S/(ρ²‖v‖²) ≈ vᵀHv/‖v‖².
       normalized_curvature: curvature/‖g‖, the paper's C(w) along v.
       penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
       guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
       bounded_steps: in how many steps so far the penalty was scaled down to its bound.
-      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probes: most steps
-        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
+      mismatched_steps: in how many steps so far g or L did not belong to the loss at the perturbed points. If it is
+        most steps, the set-up is wrong: see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array
@@ -97,8 +97,8 @@ class RandomProbesDiagnostics(NamedTuple):
       penalty_ratio: ‖penalty's gradient‖/‖g⁺‖ before the bound.
       guarded_steps: how many steps so far left a term out, or fell back on g⁺ or g.
       bounded_steps: in how many steps so far the penalty was scaled down to its bound.
-      mismatched_steps: in how many steps so far g or L was not that of the loss seen at the probe: most steps
-        means a mistake in the set-up, see :func:`crsam_jax.check_setup`.
+      mismatched_steps: in how many steps so far g or L did not belong to the loss at the perturbed point. If it is
+        most steps, the set-up is wrong: see :func:`crsam_jax.check_setup`.
     """
 
     loss: jax.Array

@@ -800,7 +800,7 @@ def sharpness_aware(
     """Builds a method from an ascent and a rule.
 
     Args:
-      loss_fn: the loss; this and all arguments but ``rule`` are those of :func:`crsam_jax.crsam`.
+      loss_fn: the loss; this and all other arguments but ``rule`` as in :func:`crsam_jax.crsam`.
       rule: how the gradients at w, w + ρv and further points become one.
       rho: ρ ≥ 0, a number or schedule.
       ascent: the rule for the direction v.

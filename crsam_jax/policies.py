@@ -1,8 +1,8 @@
 """When to pay: wrappers that take the full method only at some steps.
 
-Each policy wraps a member of the family, or another policy, and stands first in the chain in its place. On the steps
+Each policy wraps a method, or another policy, and comes first in the chain in its place. On the steps
 between, the gradient passes through (or is corrected by what an earlier step found), nothing is evaluated, and the
-member's own state and diagnostics keep the values of its latest full step.
+method's own state and diagnostics keep the values of its latest full step.
 
 The choice is a ``lax.cond`` inside the jitted step, so the work skipped is really skipped; under ``vmap`` a
 conditional becomes a selection and both branches run. On CPU the branch is brought into the form in which XLA's
@@ -58,13 +58,13 @@ def policy(
     remember: Callable[[Any, Params, Params], Any] = lambda state, result, grads: state,
     advance: Callable[[Any, Params], Any] = lambda state, grads: state,
 ) -> optax.GradientTransformationExtraArgs:
-    """What all policies share: counting, the choice, and the member's state.
+    """What all policies share: counting, the choice, and the method's state.
 
     The state is a NamedTuple with the fields ``steps``, ``full_steps`` and ``inner_state``, whatever else it holds, and
     the method ``is_due(grads)``: whether the step with this gradient is full.
 
     Args:
-      tx: a member of the family, or another policy.
+      tx: a method, or another policy.
       start: ``(params, inner_state) -> state``.
       between: ``(state, grads) -> gradient`` of a step that is not full.
       remember: ``(state, result, grads) -> state`` after a full step.
@@ -75,7 +75,7 @@ def policy(
     """
     if not isinstance(tx, optax.GradientTransformation):
         raise TypeError(
-            f"A policy wraps a member of the family, such as crsam_jax.sam(loss_fn); got {tx!r}. "
+            f"A policy wraps a method, such as crsam_jax.sam(loss_fn); got {tx!r}. "
             "Write periodic(sam(loss_fn), 2), not periodic(loss_fn, 2)."
         )
     inner = optax.with_extra_args_support(tx)
@@ -106,7 +106,7 @@ def counters() -> tuple[jax.Array, jax.Array]:
 
 
 def check_reads_gradient(name: str, inner_state: Any) -> None:
-    """Checks that a policy that reads g is not put around a method whose g may be that of a part of the batch.
+    """Checks that a policy that reads g is not put around a method whose g may come from a part of the batch.
 
     Raises:
       ValueError: if it is.
@@ -117,7 +117,7 @@ def check_reads_gradient(name: str, inner_state: Any) -> None:
 
     if any(map(is_ascent_only, jax.tree.leaves(inner_state, is_leaf=is_ascent_only))):
         raise ValueError(
-            f"{name} reads the gradient of every step, which with ascent_only=True may be that of a part of the batch. "
+            f"{name} reads the gradient of every step, which with ascent_only=True may come from a part of the batch. "
             "Leave ascent_only out, or take periodic or late with full_step= chosen by the loop."
         )
 
@@ -186,10 +186,10 @@ class PeriodicState(NamedTuple):
 def periodic(tx: optax.GradientTransformation, k: int) -> optax.GradientTransformationExtraArgs:
     """The full method at every k-th step, beginning with the first; the plain gradient between.
 
-    A step costs 1 + (n−1)/k evaluations on average, where n are those of the full method.
+    A step costs 1 + (n−1)/k evaluations on average; the full method costs n.
 
     Args:
-      tx: a member of the family.
+      tx: a method.
       k: the period, an integer ≥ 1. k = 1 is ``tx`` itself.
 
     Returns:
@@ -250,11 +250,11 @@ def late(
 ) -> optax.GradientTransformationExtraArgs:
     """The plain gradient in the first steps, the full method in all that follow.
 
-    With s of T steps before the first full one a step costs 1 + (n−1)(1 − s/T) evaluations on average, where n are
-    those of the full method: SAM in the last eighth of training costs 1.125.
+    With s of T steps before the first full one a step costs 1 + (n−1)(1 − s/T) evaluations on average;
+    the full method costs n: SAM in the last eighth of training costs 1.125.
 
     Args:
-      tx: a member of the family, or another policy.
+      tx: a method, or another policy.
       start: how many steps to wait, an integer ≥ 0; or, with ``total_steps``, the fraction of them, in [0, 1].
       total_steps: T, an integer ≥ 1; None if ``start`` counts steps.
 
@@ -336,7 +336,7 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
     to reuse, and the steps after it return g. So does a step whose sum overflows.
 
     Args:
-      tx: a member of the family; the paper's is :func:`crsam_jax.sam`.
+      tx: a method; the paper's is :func:`crsam_jax.sam`.
       k: the period, an integer ≥ 1. k = 1 is ``tx`` itself.
       strength: the paper's α ≥ 0, a number.
 
@@ -391,7 +391,7 @@ def _orthogonal(result: Any, grads: Any) -> Any:
 
 
 def _noise(result: Any) -> float:
-    """The relative rounding error: that of the result in its own dtypes plus that of the projection in a wide one."""
+    """The relative rounding error of the result in its own dtypes plus the projection's in a wide one."""
     own = max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(result)), default=0.0)
     return own + _PROJECTION_ULPS * float(jnp.finfo(trees.wide_dtype(result)).eps)
 
@@ -436,7 +436,7 @@ def adaptive_policy(
     they are.
 
     Args:
-      tx: a member of the family.
+      tx: a method.
       threshold: c, a number or schedule of any sign. The paper lets it fall linearly over training:
         ``optax.linear_schedule(1.0, -1.0, total_steps)``.
       decay: d in [0, 1).

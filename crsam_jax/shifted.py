@@ -109,7 +109,7 @@ def msam(
       base_optimizer: any optax optimizer, with its learning rate.
       rho: ρ ≥ 0, a number or a schedule: ρ(t) is the radius at which the t-th gradient is taken, from t = 0. Under
         ``optax.inject_hyperparams`` the value at one update sets the shift for the next gradient.
-      decay: μ in [0, 1), that of the base optimizer's momentum in the paper: ``momentum`` of SGD, ``b1`` of Adam. m is
+      decay: μ in [0, 1), the base optimizer's momentum in the paper: ``momentum`` of SGD, ``b1`` of Adam. m is
         kept apart from the base optimizer's, at the cost of one vector, so that any base optimizer will do.
       mask: which part of the params to perturb: a prefix of params with bool leaves, or a function from params to one
         (declare that static under ``optax.inject_hyperparams``). The norm runs over that part.
@@ -232,7 +232,7 @@ def shifted(
     """The base optimizer on params shifted by e = sign · ρ m/‖m‖, with m ← decay · m + g; ``None``: m is the latest g.
 
     Raises:
-      TypeError, ValueError: for bad arguments; the message says that they are those of ``name``.
+      TypeError, ValueError: for bad arguments; the message names ``name``.
     """
     if not isinstance(base_optimizer, optax.GradientTransformation):
         raise TypeError(
@@ -335,7 +335,7 @@ def _without(params: Params, perturbation: Params) -> Params:
 
 
 def _like(params: Params, perturbation: Params) -> Params:
-    """The perturbation in the nodes of params: those of an nnx.Optimizer's state are variables of another kind."""
+    """The perturbation in the nodes of params; an nnx.Optimizer's state holds variables of another kind."""
     (leaves, _), (others, structure) = jax.tree.flatten(perturbation), jax.tree.flatten(params)
     is_alike = list(map(jnp.shape, leaves)) == list(map(jnp.shape, others))
     return jax.tree.unflatten(structure, leaves) if is_alike else perturbation

@@ -280,5 +280,5 @@ def test_late_and_all_policies_reject_what_they_cannot_use():
     for arguments, error in (((-1,), ValueError), ((0.5,), TypeError), ((1.5, 10), ValueError), ((0.5, 0), ValueError)):
         with pytest.raises(error):
             crsam_jax.late(member, *arguments)
-    with pytest.raises(TypeError, match=r"wraps a member.*periodic\(sam\(loss_fn\), 2\)"):
+    with pytest.raises(TypeError, match=r"wraps a method.*periodic\(sam\(loss_fn\), 2\)"):
         crsam_jax.periodic(jnp.sum, 2)
