@@ -177,3 +177,36 @@ def test_inside_shard_map_each_device_has_its_own_perturbation(problem):
         return jax.lax.pmean(jax.grad(sharp)(params, x, y), "data")
 
     assert_equal(mean_gradient(params, x, y), expected)
+
+
+@pytest.mark.parametrize("method", [crsam_jax.sam, crsam_jax.crsam])
+def test_params_in_several_arguments_have_one_perturbation(method):
+    def loss_fn(a, x, b):
+        return jnp.mean((jnp.tanh(x @ a) @ b) ** 2)
+
+    a, b, x = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(0.5, 1, 6).reshape(3, 2), jnp.eye(4)
+    sharp = crsam_jax.sharpened(loss_fn, method, argnums=(0, 2), rho=0.3)
+    found = jax.jit(jax.grad(sharp, argnums=(0, 2)))(a, x, b)
+    whole = lambda params: loss_fn(params[0], x, params[1])
+    tx = method(whole, rho=0.3)
+    expected, _ = tx.update(jax.grad(whole)((a, b)), tx.init((a, b)), (a, b))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_aux_of_any_kind_comes_back():
+    def loss_fn(w):
+        return jnp.sum(w**2), {"name": "first", "scale": 2.0, "logits": 3 * w, "apply": jnp.tanh}
+
+    w = jnp.array([3.0, 4.0])
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, has_aux=True, rho=0.5)
+    for (loss, aux), _ in (jax.value_and_grad(sharp, has_aux=True)(w), (sharp(w), None)):
+        assert loss == 25
+        assert (aux["name"], aux["scale"], aux["apply"]) == ("first", 2.0, jnp.tanh)
+        np.testing.assert_array_equal(aux["logits"], 3 * w)
+
+
+@pytest.mark.parametrize("argnums", [True, -1, 1.5, (), (0, "a"), "0"])
+def test_positions_that_are_none_are_refused(argnums):
+    with pytest.raises(TypeError, match="argnums must be the position"):
+        crsam_jax.sharpened(jnp.sum, crsam_jax.sam, argnums=argnums)
