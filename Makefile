@@ -31,12 +31,8 @@ types: $(VENV)/.dev
 wheel: $(VENV)/.dev  ## builds the wheel and imports it on every supported Python that is installed
 	PYTHON=$(BIN)/python .ci/check-wheel
 
-address:  ## the repository's address, from setup.cfg to where it is needed too
-	url=$$(sed -n 's/^url = *//p' setup.cfg); \
-	sed -i.bak -e '/^repository-code:/d' CITATION.cff && \
-	if [ -n "$$url" ]; then sed -i.bak "s|^license: .*|&\nrepository-code: \"$$url\"|" CITATION.cff; fi; \
-	sed -i.bak "s|repository = \\\\\"[^\\\"]*\\\\\"  # @param|repository = \\\\\"$$url\\\\\"  # @param|" docs/tutorial.ipynb; \
-	rm -f CITATION.cff.bak docs/tutorial.ipynb.bak
+address:  ## the repository's address, from setup.cfg to where it is needed too: citation, notebook, badges
+	$(PYTHON) .ci/address
 
 clean:
 	rm -rf $(VENV) .venv-newest build dist *.egg-info

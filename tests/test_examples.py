@@ -72,7 +72,9 @@ def test_every_example_is_tested():
     assert sorted(SHORT) == NAMES
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] if name != "fine_tune" else []) for name in NAMES]
+)
 def test_it_runs_and_resumes(name, tmp_path, capsys, compiled):
     example = module(name)
     arguments = f"{SHORT[name]} --out {tmp_path}".split()
