@@ -147,24 +147,23 @@ def evaluate(
     axis_name = execution.averaging_axis
     value_and_grad = jax.value_and_grad(loss)
 
-    def at(displacement: Displacement) -> Params:
-        return varying(perturb(params, displacement.direction, *displacement.factors), axis_name)
+    points = [varying(perturb(params, direction, *factors), axis_name) for direction, factors in displacements]
 
     def one(point: Params) -> Evaluation:
         at = Evaluation(*value_and_grad(point))
         _check_axes(at.loss, point, execution)
         return at
 
-    if len(displacements) > 1 and execution.probe_axis is not None:  # a single point cannot be distributed
-        evaluations = _distributed(one, [at(displacement) for displacement in displacements], execution.probe_axis)
-    elif len(displacements) > 1 and execution.strategy == "vmap":
-        evaluations = _vmapped(one, [at(displacement) for displacement in displacements])
+    if len(points) > 1 and execution.probe_axis is not None:  # a single point cannot be distributed
+        evaluations = _distributed(one, points, execution.probe_axis)
+    elif len(points) > 1 and execution.strategy == "vmap":
+        evaluations = _vmapped(one, points)
     else:
         evaluations = []
-        for direction, factors in displacements:
+        for point in points:
             if evaluations and execution.strategy != "sequential":
-                evaluations[-1], factors = _in_order(evaluations[-1], factors)
-            evaluations.append(one(at(Displacement(direction, factors))))
+                evaluations[-1], point = _in_order(evaluations[-1], point)
+            evaluations.append(one(point))
     return evaluations if axis_name is None else jax.lax.pmean(evaluations, axis_name)
 
 
@@ -189,10 +188,10 @@ def gradient_at(loss: Loss, point: Params, execution: Execution) -> Params:
     return grads if axis_name is None else jax.lax.pmean(grads, axis_name)
 
 
-def _in_order(first: Any, factors: tuple[jax.Array, ...]) -> tuple[Any, tuple[jax.Array, ...]]:
-    """Both unchanged; the last factor is not available before ``first`` is."""
-    first, last = jax.lax.platform_dependent(first, factors[-1], cpu=_after, default=_after_barrier)
-    return first, (*factors[:-1], last)
+def _in_order(first: Any, then: Params) -> tuple[Any, Params]:
+    """Both unchanged; ``then`` is not available before ``first`` is."""
+    ordered: tuple[Any, Params] = jax.lax.platform_dependent(first, then, cpu=_after, default=_after_barrier)
+    return ordered
 
 
 def _vmapped(one: Callable[[Params], Evaluation], points: Sequence[Params]) -> list[Evaluation]:
@@ -201,20 +200,21 @@ def _vmapped(one: Callable[[Params], Evaluation], points: Sequence[Params]) -> l
     return [jax.tree.map(operator.itemgetter(i), together) for i in range(len(points))]
 
 
-def _after_barrier(first: Any, then: jax.Array) -> tuple[Any, jax.Array]:
-    """Both unchanged; ``then`` is not available before ``first`` is, if the compiler respects barriers."""
-    barred: tuple[Any, jax.Array] = jax.lax.optimization_barrier((first, then))
+def _after_barrier(first: Any, then: Params) -> tuple[Any, Params]:
+    """By a barrier, which the compilers for GPUs and TPUs respect. Both points are ready: one kernel makes both."""
+    barred: tuple[Any, Params] = jax.lax.optimization_barrier((first, then))
     return barred
 
 
-def _after(first: Any, then: jax.Array) -> tuple[Any, jax.Array]:
-    """The same for CPU, where XLA ignores barriers: ``then`` depends on one number of each leaf of ``first``.
+def _after(first: Any, then: Params) -> tuple[Any, Params]:
+    """For CPU, where XLA ignores barriers: ``then`` depends on one number of each leaf of ``first``.
 
     A maximum of absolute values is never −1, but the compiler does not know that (it knows that none is below 0).
     """
     elements = [_element(leaf).astype(jnp.float32) for leaf in jax.tree.leaves(first)]
     never = jnp.max(jnp.abs(jnp.concatenate(elements)), initial=0) == -1
-    return first, jax.lax.select_n(never, then, jnp.zeros_like(then))
+    one = jnp.where(never, jnp.float32(0), jnp.float32(1))
+    return first, jax.tree.map(lambda leaf: leaf * one.astype(leaf.dtype), then)
 
 
 def _element(leaf: jax.Array) -> jax.Array:
