@@ -41,7 +41,7 @@ RHO = 0.05  # CR-SAM: distance from the weights to the perturbed points
 ALPHA = 0.1  # CR-SAM: weight of the curvature's penalty
 BETA = 0.01  # CR-SAM: weight of the gradient norm's penalty
 SEED = 0
-EVERY = 100  # steps from one evaluation and checkpoint to the next
+EVERY = 50  # steps from one evaluation and checkpoint to the next
 SAMPLE = 300  # characters
 
 
