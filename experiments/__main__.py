@@ -11,12 +11,25 @@ def main() -> int:
     from experiments import terminal
 
     terminal.prepare()
+    from experiments import supervisor
+
+    if "--distributed" in sys.argv and not supervisor.is_supervised():
+        return supervisor.supervise(sys.argv[1:])
+    if supervisor.is_supervised():
+        supervisor.follow_parent()
     from experiments import cli
 
     try:
-        return cli.main()
+        status = cli.main()
+    except RuntimeError:
+        supervisor.wait_for_peers_news()
+        raise
     finally:
         sys.stdout.flush()
+    if status and supervisor.is_supervised():
+        sys.stderr.flush()
+        os._exit(status)  # the libraries would wait for the other processes
+    return status
 
 
 def _stop_at_once(number: int, frame: object) -> None:

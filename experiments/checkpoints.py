@@ -18,6 +18,7 @@ import orbax.checkpoint as ocp
 
 from experiments import checksums, files
 from experiments.program import State
+from experiments.runs import steps_of as steps_of
 
 CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
 """Files of a run of which each of its checkpoints has a copy."""
@@ -188,14 +189,6 @@ class Checkpoints:
         partial = path.with_suffix(".partial")
         path.rename(partial)
         files.remove(partial)
-
-
-def steps_of(run: Path) -> list[int]:
-    """The steps of all complete checkpoints of the run in a folder, ascending."""
-    folder = run / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(int(path.name) for path in folder.iterdir() if path.name.isdecimal() and path.is_dir())
 
 
 def altered(run: Path, step: int | None = None) -> list[Path]:

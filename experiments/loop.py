@@ -72,7 +72,7 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
                 )
             stop = scale.agreed(signals, is_due=is_end or is_logged)
             is_asked = _is_every(run.checkpoint_steps, step) or _is_every((run.keep_every or 0) * per_epoch, step)
-            is_time = is_end and time.monotonic() - saved >= run.checkpoint_seconds
+            is_time = is_end and bool(scale.decided_by_first(time.monotonic() - saved >= run.checkpoint_seconds))
             if stop or step == total or is_asked or is_time:
                 _save(training, state)
                 saved = time.monotonic()

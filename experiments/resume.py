@@ -22,6 +22,7 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
       ValueError: if there are checkpoints, but all are damaged. Nothing is changed then.
     """
     step, damaged = checkpoints.newest_good(is_config_right=True)
+    step = _agreed(step)
     scale.wait_for_all("verified")  # all processes came to this step, before one changes the folder
     if jax.process_index() == 0:
         for partial in checkpoints.folder.glob("*.partial"):
@@ -32,6 +33,12 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
             _keep_logs(checkpoints.run)
     scale.wait_for_all("resumed")
     return (like, None) if step is None else checkpoints.restore(like, step)
+
+
+def _agreed(step: int | None) -> int | None:
+    """The step that the first process found; folders that are shared over a network may show others an older state."""
+    chosen = scale.decided_by_first(-1 if step is None else step)
+    return None if chosen < 0 else chosen
 
 
 def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) -> None:

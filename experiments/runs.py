@@ -84,6 +84,15 @@ def _mended_by_copy(path: Path) -> str:
     return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""
 
 
+def steps_of(run: Path) -> list[int]:
+    """The steps of all complete checkpoints of the run in a folder, ascending."""
+    folder = run / "checkpoints"
+    if not folder.is_dir():
+        return []
+    names = [path.name for path in folder.iterdir() if path.name.isdecimal() and path.is_dir()]
+    return sorted(int(name) for name in names if name == str(int(name)))  # not 040
+
+
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Keeps other processes from writing to the same run; the system frees the lock however the process ends."""

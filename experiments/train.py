@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import conditions, ranges, runs, scale
+from experiments import conditions, ranges, runs, scale, supervisor
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import open_inputs
@@ -56,6 +56,7 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
 def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Path:
     mesh = scale.start(run)
     is_first = jax.process_index() == 0
+    supervisor.tell(folder=str(folder))
     console = Console(quiet=quiet or not is_first, soft_wrap=True, highlight=False)
     runs.check_free(recipe, folder)
     check_not_lost(folder)

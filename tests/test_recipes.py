@@ -183,3 +183,8 @@ def test_readiness_counts_parameters_and_memory():
     assert len(memory) == 1  # not compiled again
     [small] = readiness.estimates("batch", dataclasses.replace(recipe, batch_size=10), memory, methods=["base"])
     assert same.temporary_bytes == base.temporary_bytes > small.temporary_bytes
+
+
+def test_the_papers_rows_train_the_penalty_of_the_released_code():
+    assert {recipe.crsam.penalty for recipe in recipes.PAPER.values()} == {"linear"}
+    assert {recipe.crsam.penalty for recipe in recipes.REDUCED.values()} == {"log"}
