@@ -210,3 +210,46 @@ def test_aux_of_any_kind_comes_back():
 def test_positions_that_are_none_are_refused(argnums):
     with pytest.raises(TypeError, match="argnums must be the position"):
         crsam_jax.sharpened(jnp.sum, crsam_jax.sam, argnums=argnums)
+
+
+def convolution_loss(params, images):
+    hidden = jax.nn.relu(jax.lax.conv_general_dilated(images, params["first"], (1, 1), "SAME"))
+    hidden = jax.nn.relu(jax.lax.conv_general_dilated(hidden, params["second"], (1, 1), "SAME"))
+    return jnp.mean(jnp.mean(hidden, axis=(2, 3)) @ params["out"] ** 2)
+
+
+@pytest.mark.parametrize("name", ["sam", "crsam"])
+def test_it_has_the_convolutions_of_the_stage(name):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": jax.random.normal(keys[0], (4, 3, 3, 3)),
+        "second": jax.random.normal(keys[1], (4, 4, 3, 3)),
+        "out": jax.random.normal(keys[2], (4,)),
+    }
+    images = jax.random.normal(keys[3], (2, 3, 8, 8))
+    method = getattr(crsam_jax, name)
+
+    def stage(params, images):
+        loss, grads = jax.value_and_grad(convolution_loss)(params, images)
+        tx = method(convolution_loss)
+        return loss, tx.update(grads, tx.init(params), params, loss=loss, images=images)[0]
+
+    def convolutions(step):
+        text = jax.jit(step).lower(params, images).compile().as_text()
+        return text.count("convolution(") + text.count("__onednn$convolution")
+
+    sharp = jax.value_and_grad(crsam_jax.sharpened(convolution_loss, method))
+    assert convolutions(sharp) == convolutions(stage) > 0
+
+
+def test_inside_pmap_each_device_has_its_own_perturbation():
+    def loss_fn(w, x):
+        return jnp.mean((x @ w) ** 4)
+
+    devices = jax.local_device_count()
+    w, x = jnp.array([1.0, -2.0]), jax.random.normal(jax.random.key(0), (devices, 3, 2))
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, rho=0.1)
+    step = lambda w, x: jax.lax.pmean(jax.grad(sharp)(w, x), "devices")
+    found = jax.pmap(step, axis_name="devices", in_axes=(None, 0))(w, x)
+    expected = jnp.mean(jnp.stack([jax.grad(sharp)(w, part) for part in x]), axis=0)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)
