@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-slow docs lint types wheel address clean
+.PHONY: demo test test-slow test-newest docs lint types wheel address clean
 
 demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
 	$(BIN)/python -m experiments compare digits
@@ -14,6 +14,9 @@ test: $(VENV)/.dev  ## tests, docstring examples and the examples of README.md a
 
 test-slow: $(VENV)/.dev  ## what `test` leaves out: whole runs in processes of their own, real data sets, the notebook
 	$(BIN)/python -m pytest $(PARALLEL) -m slow
+
+test-newest:  ## the library's own tests on the newest Python installed here, with the newest jax
+	.ci/test-newest
 
 docs: $(VENV)/.dev  ## the documentation as HTML in build/docs; a warning is an error
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --quiet -b html docs build/docs
@@ -28,15 +31,11 @@ types: $(VENV)/.dev
 wheel: $(VENV)/.dev  ## builds the wheel and imports it on every supported Python that is installed
 	PYTHON=$(BIN)/python .ci/check-wheel
 
-address:  ## the repository's address, from setup.cfg to where it is needed too
-	url=$$(sed -n 's/^url = *//p' setup.cfg); \
-	sed -i.bak -e '/^repository-code:/d' CITATION.cff && \
-	if [ -n "$$url" ]; then sed -i.bak "s|^license: .*|&\nrepository-code: \"$$url\"|" CITATION.cff; fi; \
-	sed -i.bak "s|repository = \\\\\"[^\\\"]*\\\\\"  # @param|repository = \\\\\"$$url\\\\\"  # @param|" docs/tutorial.ipynb; \
-	rm -f CITATION.cff.bak docs/tutorial.ipynb.bak
+address:  ## the repository's address, from setup.cfg to where it is needed too: citation, notebook, badges
+	$(PYTHON) .ci/address
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) .venv-newest build dist *.egg-info
 
 $(VENV)/.experiments: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -8,41 +8,22 @@
 >>> tx = optax.chain(crsam(loss_fn, rho=0.1, alpha=0.1, beta=0.01), optax.sgd(0.1))
 """
 
+import importlib
 import importlib.metadata
+import warnings
+from typing import Any
 
+from crsam_jax import ascents, diagnostics, engine, policies
+from crsam_jax._check_setup import check_setup
+from crsam_jax._convolutions import canonical_convolutions
+from crsam_jax._crsam import GradientFn, crsam, crsam_gradient
+from crsam_jax._one_sided import DecoupledWsamState, asam, decoupled_wsam, gradient_norm_penalty, gsam, rsam, sam, wsam
+from crsam_jax._parallel import Execution
+from crsam_jax._random_probes import random_probes
 from crsam_jax._sharpened import sharpened
-from crsam_jax.ascents.adaptive import adaptive_ascent
-from crsam_jax.ascents.ascent import Ascent, gradient_ascent, masked_ascent
-from crsam_jax.ascents.noisy import dropped_ascent, smoothed_ascent
-from crsam_jax.ascents.running import friendly_ascent, momentum_ascent
-from crsam_jax.ascents.sparse import SparseState, dynamic_sparse_ascent, largest_fraction, sparse_ascent
-from crsam_jax.members.crsam import GradientFn, crsam, crsam_gradient
-from crsam_jax.members.gradient_norm import gradient_norm_penalty
-from crsam_jax.members.gsam import gsam
-from crsam_jax.members.one_evaluation import msam, s2sam
-from crsam_jax.members.random_probes import random_probes
-from crsam_jax.members.sam import asam, rsam, sam
-from crsam_jax.members.shifted import OneEvaluationDiagnostics, OneEvaluationState, eval_params
-from crsam_jax.members.wsam import DecoupledWsamState, decoupled_wsam, wsam
-from crsam_jax.policies.adaptive import AdaptivePolicyState, adaptive_policy
-from crsam_jax.policies.late import LateState, late
-from crsam_jax.policies.look import LookState, look
-from crsam_jax.policies.periodic import PeriodicState, periodic
-from crsam_jax.policies.policy import is_full_step
-from crsam_jax.step.convolutions import canonical_convolutions
-from crsam_jax.step.diagnostics import (
-    AscentOnlyDiagnostics,
-    OneSidedDiagnostics,
-    RandomProbesDiagnostics,
-    TwoSidedDiagnostics,
-)
-from crsam_jax.step.execution import Execution
-from crsam_jax.step.rule import Outcome, Rule, Step
-from crsam_jax.step.setup import check_setup
-from crsam_jax.step.sides import at_multiples, one_sided, two_sided
-from crsam_jax.step.transformation import SharpnessAwareState, sharpness_aware
-from crsam_jax.step.types import Evaluation
-from crsam_jax.step.vectors import Vector
+from crsam_jax._variants import functional_sam, le_sam, multi_step_sam, rwp, stable_sam
+from crsam_jax.policies import adaptive_policy, is_full_step, late, look, periodic
+from crsam_jax.shifted import eval_params, msam, s2sam
 
 try:
     __version__ = importlib.metadata.version("crsam_jax")
@@ -50,60 +31,62 @@ except importlib.metadata.PackageNotFoundError:  # imported from a source tree t
     __version__ = "unknown"
 
 __all__ = [
-    "AdaptivePolicyState",
-    "Ascent",
-    "AscentOnlyDiagnostics",
     "DecoupledWsamState",
-    "Evaluation",
     "Execution",
     "GradientFn",
-    "LateState",
-    "LookState",
-    "OneEvaluationDiagnostics",
-    "OneEvaluationState",
-    "OneSidedDiagnostics",
-    "Outcome",
-    "PeriodicState",
-    "RandomProbesDiagnostics",
-    "Rule",
-    "SharpnessAwareState",
-    "SparseState",
-    "Step",
-    "TwoSidedDiagnostics",
-    "Vector",
-    "adaptive_ascent",
     "adaptive_policy",
     "asam",
-    "at_multiples",
+    "ascents",
     "canonical_convolutions",
     "check_setup",
     "crsam",
     "crsam_gradient",
     "decoupled_wsam",
-    "dropped_ascent",
-    "dynamic_sparse_ascent",
+    "diagnostics",
+    "engine",
     "eval_params",
-    "friendly_ascent",
-    "gradient_ascent",
+    "functional_sam",
     "gradient_norm_penalty",
     "gsam",
     "is_full_step",
-    "largest_fraction",
     "late",
+    "le_sam",
     "look",
-    "masked_ascent",
-    "momentum_ascent",
     "msam",
-    "one_sided",
+    "multi_step_sam",
     "periodic",
+    "policies",
     "random_probes",
     "rsam",
+    "rwp",
     "s2sam",
     "sam",
     "sharpened",
-    "sharpness_aware",
-    "smoothed_ascent",
-    "sparse_ascent",
-    "two_sided",
+    "stable_sam",
     "wsam",
 ]
+
+_MOVED = {
+    "ascents": [
+        "Ascent", "SparseState", "adaptive_ascent", "dropped_ascent", "dynamic_sparse_ascent", "friendly_ascent",
+        "gradient_ascent", "largest_fraction", "masked_ascent", "momentum_ascent", "smoothed_ascent", "sparse_ascent",
+    ],
+    "diagnostics": [
+        "AscentOnlyDiagnostics", "OneSidedDiagnostics", "RandomProbesDiagnostics", "TwoSidedDiagnostics",
+    ],
+    "engine": [
+        "Outcome", "Rule", "SharpnessAwareState", "Step", "at_multiples", "one_sided", "sharpness_aware", "two_sided",
+    ],
+    "policies": ["AdaptivePolicyState", "LateState", "LookState", "PeriodicState"],
+    "shifted": ["OneEvaluationDiagnostics", "OneEvaluationState"],
+}  # fmt: skip
+
+
+def __getattr__(name: str) -> Any:
+    """The names that have moved to a submodule; they still work here, with a warning."""
+    for module, names in _MOVED.items():
+        if name in names:
+            message = f"crsam_jax.{name} has moved: write crsam_jax.{module}.{name}."
+            warnings.warn(message, DeprecationWarning, stacklevel=2)
+            return getattr(importlib.import_module(f"crsam_jax.{module}"), name)
+    raise AttributeError(f"module 'crsam_jax' has no attribute {name!r}")

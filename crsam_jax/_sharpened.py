@@ -1,7 +1,7 @@
 """A loss whose gradient is a method's, for training code that passes nothing but gradients to the optimizer."""
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -9,16 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from crsam_jax.members.crsam import crsam
-from crsam_jax.step import trees
-from crsam_jax.step.diagnostics import RandomProbesDiagnostics
-from crsam_jax.step.transformation import SharpnessAwareState
+from crsam_jax import _trees as trees
+from crsam_jax._crsam import crsam
+from crsam_jax.diagnostics import RandomProbesDiagnostics
+from crsam_jax.engine import SharpnessAwareState
 
 Method = Callable[..., optax.GradientTransformationExtraArgs]
 
 
 def sharpened(
-    loss_fn: Callable[..., Any], method: Method = crsam, *, argnums: int = 0, has_aux: bool = False, **settings: Any
+    loss_fn: Callable[..., Any],
+    method: Method = crsam,
+    *,
+    argnums: int | Sequence[int] = 0,
+    has_aux: bool = False,
+    **settings: Any,
 ) -> Callable[..., Any]:
     """A function with the value of ``loss_fn`` and the gradient of a sharpness-aware method.
 
@@ -34,8 +39,8 @@ def sharpened(
         It must be pure: split an nnx module into its parts and pass them as arguments.
       method: the constructor of an optax stage without memory: :func:`sam`, :func:`asam`, :func:`gsam`, :func:`wsam`,
         :func:`gradient_norm_penalty` or :func:`crsam`.
-      argnums: which positional argument holds the params. The gradient with respect to other arguments is the plain
-        gradient of ``loss_fn``.
+      argnums: which positional argument holds the params, or several that hold parts of them: one perturbation with
+        one norm for all parts. The gradient with respect to other arguments is the plain gradient of ``loss_fn``.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``. The aux comes from the evaluation at w. Its gradient
         is the plain one, so a penalty that is added from it counts.
       **settings: the method's settings. Numbers may be traced, so a schedule is called in the step:
@@ -60,26 +65,47 @@ def sharpened(
         raise TypeError(f"loss_fn must be callable, got {loss_fn!r}.")
     if isinstance(method, optax.GradientTransformation) or not callable(method):
         raise TypeError(f"method must be a constructor, as in sharpened(loss_fn, crsam_jax.sam); got {method!r}.")
-    if isinstance(argnums, bool) or not isinstance(argnums, int) or argnums < 0:
-        raise TypeError(f"argnums must be the position of params, a whole number; got {argnums!r}.")
+    positions = _positions(argnums)
     _refuse_schedules(settings)
 
     @functools.wraps(loss_fn)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if argnums >= len(args):
+        if max(positions) >= len(args):
             raise TypeError(f"argnums={argnums}, but the loss was called with {len(args)} positional arguments.")
-        inputs = [*args[:argnums], None, *args[argnums + 1 :]], kwargs, settings
-        arrays, merge = _partitioned(inputs)
+        parts = tuple(args[position] for position in positions)
+        others = [None if i in positions else arg for i, arg in enumerate(args)]
+        arrays, merge = _partitioned((others, kwargs, settings))
+        merge_aux: Any = None
 
         def loss_and_aux(params: Any, arrays: Any) -> tuple[Any, Any]:
+            nonlocal merge_aux
             positional, named, _ = merge(arrays)
-            result = loss_fn(*positional[:argnums], params, *positional[argnums + 1 :], **named)
-            return result if has_aux else (result, None)
+            for position, part in zip(positions, (params,) if isinstance(argnums, int) else params, strict=True):
+                positional[position] = part
+            result = loss_fn(*positional, **named)
+            loss, aux = result if has_aux else (result, None)
+            aux_arrays, merge_aux = _partitioned(aux)  # aux may hold strings, functions and the like
+            return loss, aux_arrays
 
-        loss, aux = _with_gradient_of(method, loss_and_aux, lambda arrays: merge(arrays)[2])(args[argnums], arrays)
-        return (loss, aux) if has_aux else loss
+        params = parts[0] if isinstance(argnums, int) else parts
+        loss, aux_arrays = _with_gradient_of(method, loss_and_aux, lambda arrays: merge(arrays)[2])(params, arrays)
+        return (loss, merge_aux(aux_arrays)) if has_aux else loss
 
     return wrapped
+
+
+def _positions(argnums: Any) -> tuple[int, ...]:
+    """The positions of the params.
+
+    Raises:
+      TypeError: if they are not whole numbers of at least 0.
+    """
+    positions = (argnums,) if isinstance(argnums, int) else argnums
+    if not (isinstance(positions, (tuple, list)) and positions) or any(
+        isinstance(position, bool) or not isinstance(position, int) or position < 0 for position in positions
+    ):
+        raise TypeError(f"argnums must be the position of params, a whole number, or several; got {argnums!r}.")
+    return tuple(positions)
 
 
 def _with_gradient_of(method: Method, loss_and_aux: Any, settings_of: Any) -> Callable[..., Any]:

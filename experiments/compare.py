@@ -18,7 +18,7 @@ _PILOT_EPOCHS = 3  # the first compiles and warms up
 
 
 def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: Run) -> Path:
-    """Trains every arm with the seeds 0, 1, ..., and returns the folder with all runs, tables and plots.
+    """Trains every arm with the same seeds, and returns the folder with all runs, tables and plots.
 
     Runs that are complete are read, others go on where they were. An interruption of a run in training leaves
     tables of what is complete. The ``changes`` hold for all arms.
@@ -39,7 +39,8 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     if config.budget != "epochs":
         recipes = _with_equal_cost(name, recipes, config, folder, run)
     # Seed by seed, so that an interruption leaves comparable runs.
-    todo = [Job.inside(folder, arm, one, seed) for seed in range(config.seeds) for arm, one in recipes.items()]
+    seeds = range(config.first_seed, config.first_seed + config.seeds)
+    todo = [Job.inside(folder, arm, one, seed) for seed in seeds for arm, one in recipes.items()]
     try:
         jobs.carry_out(name, todo, run, config.processes)
     finally:

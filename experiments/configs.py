@@ -84,6 +84,8 @@ class Compare:
     """Arms: a method, with -Nx for N times the epochs, with ,key=value for settings of its own; all is every method."""
     seeds: Count = 5
     """Runs of each arm. The seed sets wrong labels, subset, initial weights and the order of the batches."""
+    first_seed: CountOrNone = 0
+    """The least of the seeds; searches use those from 100 on."""
     against: tuple[str, ...] = ()
     """The arms that the others' differences are taken to, seed by seed; the first of all by default."""
     budget: Literal["epochs", "evaluations", "seconds"] = "epochs"
@@ -108,8 +110,20 @@ class Tune:
     """Runs of each setting, with seeds from 100 on, which comparisons do not use."""
     space: tuple[str, ...] = ()
     """Ranges as key=low:high, searched on a logarithmic scale, in place of the default ones or beside them."""
+    sobol_seed: CountOrNone = 0
+    """Seed of the Sobol sequence, for independent searches; the seeds of the runs begin at 100 + SOBOL_SEED · SEEDS."""
+    share_points: bool = False
+    """Try the same learning rates and radii ρ for all methods (of equal ranges). The settings that only some of them
+    have, such as α and β, then keep the recipe's values in the first round."""
+    second_round: CountOrNone = 0
+    """Further trials of each arm around its best four, where all of its settings are searched; a multiple of four."""
     processes: Count = 1
     """Run so many trainings at once, one core each."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        if self.second_round % 4:
+            raise ValueError(f"--second-round must be a multiple of four, got {self.second_round}.")
 
 
 @_without_prefix
@@ -135,8 +149,22 @@ class Benchmark:
     """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
     devices: Count = 1
     """How many devices of the target share the batch."""
+    all: bool = False
+    """Time the main methods on four networks on the device at hand, the most important first; the same command resumes.
+    Of the options above only ROUNDS counts."""
+    budget: Positive = 450.0
+    """With --all: begin no program that is not expected to end after so many seconds in all."""
+    page: Path | None = None
+    """With --all: put the table into this page too, between its marks."""
     out: Path | None = None
-    """Write the table to this CSV file too."""
+    """Write the table to this CSV file too; with --all results/benchmark.csv by default, written row by row."""
+
+    def check_together(self) -> None:
+        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        if self.all and self.target is not None:
+            raise ValueError("--all times the device at hand, --target compiles for another: give one of them.")
+        if self.page is not None and not self.all:
+            raise ValueError("--page is for the tables of --all.")
 
 
 @_without_prefix

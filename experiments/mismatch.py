@@ -30,5 +30,5 @@ def _counts(opt_state: Any) -> tuple[int, int]:
     """Full steps so far, and mismatched ones; zeros for the base optimizer, and for methods that cannot tell."""
     for _, state in optax.tree.get_all_with_path(opt_state, "SharpnessAwareState"):
         if hasattr(state.diagnostics, "mismatched_steps"):
-            return int(state.count), int(state.diagnostics.mismatched_steps)
+            return int(state.step_count), int(state.diagnostics.mismatched_steps)
     return 0, 0

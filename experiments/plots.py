@@ -1,11 +1,13 @@
 """Plots of comparisons and searches."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib.patheffects import withStroke
 
 from experiments.figures import style
 from experiments.logs import EpochRow
@@ -15,6 +17,14 @@ _LOOKS = [
     for line, marker in zip(("-", "--", ":", "-.") * 2, "os^vDPX*", strict=True)
     for color in style.COLORS
 ]
+
+# The colours of main methods, whose points have their names beside them, and of others that were tuned. What was not
+# tuned is grey, and differs by its markers.
+_NAMED = {"base": style.COLORS[0], "sam": style.COLORS[2], "crsam": style.COLORS[3], "msam": style.COLORS[4]}
+_TUNED_LOOKS = [(color, marker) for marker in "sv^D" for color in style.COLORS[5:]]
+_GREY, _GREY_MARKERS = "#a0a0a0", "v^<>DPXd*ph8H1234+x"
+_HALO = withStroke(linewidth=2, foreground="white")
+_ARROW = r"$\downarrow$"
 
 _PANELS = {
     "test_accuracy": "test accuracy, %",
@@ -49,6 +59,7 @@ def curves(runs: Runs, path: Path) -> None:
                 axis.set_yscale("log")
         for axis in axes[1]:
             axis.set_xlabel("share of the training run, %")
+        axes[0, 0].set_title("lines: means over seeds; bands: ± one standard deviation", loc="left")
 
 
 def accuracy_over_time(runs: Runs, path: Path) -> None:
@@ -62,32 +73,64 @@ def accuracy_over_time(runs: Runs, path: Path) -> None:
             spread = accuracy[:, -1].std(ddof=1) if len(seeds) > 1 else None
             axis.errorbar(seconds[-1], accuracy[:, -1].mean(), spread, fmt="o", capsize=2, color=color)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
+        axis.set_title("lines: means over seeds; bars at the end: ± one standard deviation", loc="left")
 
 
-def accuracy_over_cost(summaries: Sequence[Mapping[str, Any]], path: Path) -> None:
+def accuracy_over_cost(
+    summaries: Sequence[Mapping[str, Any]], path: Path, tuned: Collection[str] | None = None
+) -> None:
     """Draws the mean accuracy of each arm, with its standard error, over the quartiles of seconds of a run; the front.
 
     The front is what no other arm beats in both. An arm far below the first one stands at the lower edge as an arrow,
-    with its accuracy in the legend: a failure would press all others into one line.
+    with its accuracy in the legend: a failure would press all others into one line. Arms that are not ``tuned`` are
+    grey; None means that all are. SGD, SAM, CR-SAM and MSAM have their names beside their points.
     """
     points = [s for s in summaries if s["seconds_median"] is not None]
     if not points:
         return
-    first, highest = points[0]["test_accuracy"], max(s["test_accuracy"] for s in points)
-    lowest = first - max(5.0, 2 * (highest - first))  # twice as far below the first as the best is above it, or 5 %
-    with style.drawn(path, height=4.4, legend=("lower", 3)) as figure:
+    lowest = _lower_edge([s["test_accuracy"] for s in points])
+    with style.drawn(path, height=4.6, legend=("lower", 3)) as figure:
         axis = figure.subplots()
-        for s, (color, _, marker) in _with_looks(points):
+        for s, (color, marker) in zip(points, _looks([s["arm"] for s in points], tuned), strict=True):
             seconds, error = s["seconds_median"], (s["test_accuracy_std"] or 0) / np.sqrt(s["seeds"])
             spread = [[seconds - s["seconds_low"]], [s["seconds_high"] - seconds]]
-            height, label = s["test_accuracy"], s["label"]
+            height, label, order = s["test_accuracy"], s["label"], 1 if color == _GREY else 2
             if height < lowest:
-                height, marker, error, label = lowest, r"$\downarrow$", 0, f"{label}: {height:.1f} %"
-            axis.errorbar(seconds, height, error, spread, marker=marker, ls="none", color=color, label=label)
+                height, marker, error, label = lowest, _ARROW, 0, f"{label}: {height:.1f} %"
+            elif s["arm"] in _NAMED:
+                is_base = s["arm"] == "base"  # below its point: MSAM is close to it
+                axis.annotate(
+                    label, (seconds, height), xytext=(0, -5 if is_base else 5), textcoords="offset points", color=color,
+                    weight="bold", ha="center", va="top" if is_base else "bottom", zorder=5, path_effects=[_HALO],
+                )  # fmt: skip
+            axis.errorbar(
+                seconds, height, error, spread, marker=marker, color=color, label=label, zorder=order, ls="none",
+                elinewidth=0.8, markersize=5,
+            )  # fmt: skip
         best = front([(s["seconds_median"], s["test_accuracy"]) for s in points])
-        axis.step(*zip(*best, strict=True), where="post", color="#bbbbbb", zorder=0)
+        axis.step(*zip(*best, strict=True), where="post", color="#d0d0d0", zorder=0)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
+        grey = "" if tuned is None else "; grey: not tuned"
+        note = "bars: ± one standard error of accuracy, quartiles of seconds; line: the front"
+        axis.set_title(note + grey, loc="left")
         style.plain_log_ticks(axis.xaxis)
+
+
+def _lower_edge(accuracies: Sequence[float]) -> float:
+    """Twice as far below the first arm as the best is above it, or 5 % below."""
+    first, *_ = accuracies
+    return first - max(5.0, 2 * (max(accuracies) - first))
+
+
+def _looks(arms: Sequence[str], tuned: Collection[str] | None) -> list[tuple[str, str]]:
+    """Colour and marker of each arm."""
+    looks, markers = itertools.cycle(_TUNED_LOOKS), itertools.cycle(_GREY_MARKERS)
+    return [
+        (_GREY, next(markers)) if tuned is not None and arm not in tuned
+        else (_NAMED[arm], "o") if arm in _NAMED
+        else next(looks)
+        for arm in arms
+    ]  # fmt: skip
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -104,18 +147,42 @@ def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return best
 
 
-def accuracy_over_flatness(groups: Mapping[str, Sequence[Any]], path: Path) -> None:
-    """Draws every run of a comparison: accuracy over C(w) and over the norm of the gradient, a colour a method."""
-    labels = {"normalized_trace": "C(w) on training images", "grad_norm": "‖∇L‖ on training images"}
-    with style.drawn(path, height=4, legend=("lower", 3)) as figure:
+def accuracy_over_flatness(
+    groups: Mapping[str, Sequence[Any]], labels: Mapping[str, str], path: Path, tuned: Collection[str] | None = None
+) -> None:
+    """Draws every run of a comparison: accuracy over C(w) and over the norm of the gradient.
+
+    Its lower edge is that of :func:`accuracy_over_cost`. An arm whose mean is below it is one arrow there, with its
+    mean in the legend; runs of the others that are below it are arrows too. ``groups`` and ``labels`` are by arm; arms
+    that are not ``tuned`` are grey.
+    """
+    fields = {"normalized_trace": "C(w) on training images", "grad_norm": "‖∇L‖ on training images"}
+    means = {arm: float(np.mean([row.test_accuracy for row in rows])) for arm, rows in groups.items()}
+    lowest = _lower_edge(list(means.values()))
+    shown = [arm for arm in groups if means[arm] >= lowest]
+    with style.drawn(path, height=4.4, legend=("lower", 3)) as figure:
         axes = figure.subplots(1, 2, sharey=True)
-        for axis, (field, xlabel) in zip(axes, labels.items(), strict=True):
-            for (arm, rows), (color, _, marker) in _with_looks(groups.items()):
-                x, y = [getattr(row, field) for row in rows], [row.test_accuracy for row in rows]
-                axis.plot(x, y, marker, color=color, markersize=2.5, alpha=0.6, label=arm)
-            axis.set(xlabel=xlabel, xscale="log")
-            style.plain_log_ticks(axis.xaxis, (1, 3))
+        for axis, (field, xlabel) in zip(axes, fields.items(), strict=True):
+            inside = [getattr(row, field) for arm in shown for row in groups[arm]]
+            low, high = min(inside) / 1.1, max(inside) * 1.1
+            for (arm, rows), (color, marker) in zip(groups.items(), _looks(list(groups), tuned), strict=True):
+                draw = partial(
+                    axis.plot, ls="none", color=color, alpha=0.6, zorder=1 if color == _GREY else 2
+                )  # of x, y, marker, size and label
+                x, y = np.array([(getattr(row, field), row.test_accuracy) for row in rows]).T
+                if arm in shown:
+                    is_above = y >= lowest
+                    draw(x[is_above], y[is_above], marker=marker, markersize=2.5, label=labels[arm])
+                    arrows = x[~is_above]
+                else:
+                    draw([], [], marker=_ARROW, markersize=5, label=f"{labels[arm]}: {means[arm]:.1f} %")
+                    arrows = np.clip([np.median(x)], low, high)
+                draw(arrows, np.full(len(arrows), lowest), marker=_ARROW, markersize=5)
+            axis.set(xlabel=xlabel, xscale="log", xlim=(low / 1.05, high * 1.05))
+            style.plain_log_ticks(axis.xaxis, (1, 3) if high > 10 * low else (1, 2, 3, 5))
         axes[0].set_ylabel(_PANELS["test_accuracy"])
+        grey = "" if tuned is None else "; grey: not tuned"
+        axes[0].set_title(f"a point per run; arrows: below the edge{grey}", loc="left")
 
 
 def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
@@ -123,7 +190,7 @@ def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
 
     A trial has its settings by name, ``accuracy`` and ``accuracy_std``; ``names`` are the settings of all arms.
     """
-    with style.drawn(path, height=0.6 + 1.5 * len(found), width=1 + 1.6 * len(names)) as figure:
+    with style.drawn(path, height=0.8 + 1.6 * len(found), width=1 + 1.6 * len(names)) as figure:
         axes = figure.subplots(len(found), len(names), squeeze=False, sharey="row", sharex="col")
         for row, (arm, points) in zip(axes, found.items(), strict=True):
             best = max(points, key=lambda point: point["accuracy"])
@@ -135,8 +202,13 @@ def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
                 axis.errorbar(x, y, spread, fmt="o", color=style.COLORS[2], elinewidth=0.8)
                 axis.plot(best[name], best["accuracy"], "o", color=style.COLORS[3], markersize=5, zorder=3)
                 axis.set(xscale="log", xlabel=name)
-                style.plain_log_ticks(axis.xaxis, (1,))
+                axis.tick_params(labelbottom=True)  # the last row of a column may be empty
+                style.plain_log_ticks(axis.xaxis, (1, 3) if max(x) < 100 * min(x) else (1,))
             row[0].set_ylabel(f"{arm}\naccuracy, %")
+        note = (
+            "A point per trial on the held-out data; bars: ± one standard deviation over its seeds; orange: the best."
+        )
+        figure.suptitle(note, x=0.01, ha="left", fontsize=8)
 
 
 def _with_looks(things: Iterable[Any]) -> Iterator[tuple[Any, tuple[str, str, str]]]:

@@ -227,6 +227,11 @@ REDUCED: dict[str, Recipe] = {
         crsam=CrSam(),
         examples_per_class=200, test_examples_per_class=200, batch_size=64, weight_decay=5e-4, augmentation="none",
     ),
+    "cifar10-5000": Recipe(  # a network that fits; not tuned
+        "cifar10", "resnet8", epochs=30, batch_size=128, learning_rate=0.05, weight_decay=1e-3, augmentation="none",
+        model_options={"width": 16, "stem": "strided"}, examples_per_class=500, validation_fraction=0.1, sam=Sam(0.3),
+        crsam=CrSam(0.2, 0.1, 0.01),
+    ),
     "fashion-small-vit": Recipe(
         "fashion_mnist", "vit_ti4", epochs=10, batch_size=64, learning_rate=1e-3, weight_decay=0.05, optimizer="adamw",
         warmup_epochs=1.0, examples_per_class=300, model_options={"width": 96, "depth": 4, "patch_size": 7},

@@ -90,12 +90,12 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
     tuned = find(str(found / f"{name}-tuned.json"))
     longest = 3 * tuned.epochs  # those of base-3x
     last = Run(folder / "compare", keep=None, log_steps=0, evaluate_every=longest, probe_examples=500, trace_probes=10)
-    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, AGAINST, processes=processes)
+    arms = Compare(MAIN + SECONDARY, seeds or task.seeds, against=AGAINST, processes=processes)
     return mechanism(compare(name, tuned, arms, {}, last))
 
 
 def mechanism(folder: Path) -> Path:
-    """Reads runs.csv and summary.csv of a comparison; writes correlations.csv, correlations.md and mechanism.png there.
+    """Reads runs.csv and summary.csv of a comparison; writes its correlations, mechanism.png and cost.png there.
 
     Four correlations of accuracy with each measure (Spearman's): of the methods' means; the same without those that
     were not tuned, of which some may have failed; of the runs of one method, the mean over methods; and of both losses'
@@ -112,10 +112,18 @@ def mechanism(folder: Path) -> Path:
     text = tables.markdown(titles, cells)
     tables.replace(folder / "correlations.md", text)
     with (folder / "summary.csv").open() as file:
-        labels = {row["arm"]: row["label"] for row in csv.DictReader(file)}
-    plots.accuracy_over_flatness({labels[arm]: rows for arm, rows in groups.items()}, folder / "mechanism.png")
+        summaries = list(csv.DictReader(file))
+    labels = {row["arm"]: row["label"] for row in summaries}
+    plots.accuracy_over_flatness(groups, labels, folder / "mechanism.png", MAIN)
+    plots.accuracy_over_cost([_numbers(row) for row in summaries], folder / "cost.png", MAIN)
     tables.show(text)
     return folder
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, Any]:
+    """A row of summary.csv with its numbers as numbers."""
+    texts = ("arm", "label")
+    return {key: value if key in texts else float(value) if value else None for key, value in row.items()}
 
 
 def _correlations(field: str, groups: Mapping[str, Sequence[Result]]) -> dict[str, Any]:

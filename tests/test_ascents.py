@@ -9,9 +9,9 @@ import optax
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import (
+from crsam_jax import crsam, random_probes, rsam, sam
+from crsam_jax.ascents import (
     adaptive_ascent,
-    crsam,
     dropped_ascent,
     dynamic_sparse_ascent,
     friendly_ascent,
@@ -19,9 +19,6 @@ from crsam_jax import (
     largest_fraction,
     masked_ascent,
     momentum_ascent,
-    random_probes,
-    rsam,
-    sam,
     smoothed_ascent,
     sparse_ascent,
 )
@@ -440,7 +437,7 @@ def test_bad_arguments():
         (lambda: dynamic_sparse_ascent(sparsity=1.0), ValueError, "sparsity"),
         (lambda: dynamic_sparse_ascent(drop=2.0), ValueError, "drop"),
         (lambda: dynamic_sparse_ascent(update_every=0), ValueError, "update_every"),
-        (lambda: dynamic_sparse_ascent(total_steps=1.5), ValueError, "total_steps"),
+        (lambda: dynamic_sparse_ascent(total_steps=1.5), TypeError, "total_steps"),
         (lambda: sam(jnp.sum, ascent=gradient_ascent), TypeError, "call it to make one"),
     ):
         with pytest.raises(error, match=match):

@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import time
+import types
 
 import jax
 import numpy as np
@@ -11,7 +13,10 @@ import pytest
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("rich", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.benchmark import benchmark, steps, timings
+from flax import nnx
+
+from experiments import ranges, tables
+from experiments.benchmark import benchmark, networks, steps, suite, timings
 from experiments.configs import Benchmark
 
 TINY = Benchmark(model="convnet", width=4, batch_size=4, image_size=8, rounds=2)
@@ -66,3 +71,95 @@ def test_what_cannot_be_measured_is_refused():
         steps.make_loss(Benchmark(model="resnet81"))
     with pytest.raises(ValueError, match="ConvNet computes in float32 alone"):
         steps.make_loss(Benchmark(dtype="bfloat16"))
+
+
+MINIATURE = {
+    "dense": lambda: networks.dense(8, 4, 8, 1),
+    "language": lambda: networks.language(4, 6, 10, 8, 1, 2),
+}
+
+
+@pytest.fixture
+def miniature(monkeypatch):
+    monkeypatch.setattr(suite, "NETWORKS", MINIATURE)
+    monkeypatch.setattr(suite, "PROGRAMS", ("SGD", "sam", "msam"))
+
+
+def test_everything_is_timed_once_and_the_most_important_first(miniature, tmp_path, capsys):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n\n{suite._BEGIN}\nold\n{suite._END}\n\nafter\n")
+    config = Benchmark(all=True, rounds=2, out=tmp_path / "rows.csv", page=page)
+    benchmark(config)
+    rows = tables.read(config.out, suite.Row)
+    expected = [(network, program) for program in suite.PROGRAMS for network in MINIATURE]
+    assert [(row.network, row.program) for row in rows] == expected
+    for row in rows:
+        assert row.over_sgd == pytest.approx(row.median_ms / row.sgd_ms)
+        assert row.over_floor == pytest.approx(row.over_sgd / (2 if row.program == "sam" else 1))
+    text = page.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("\nafter\n")
+    assert suite.table(rows) in text
+    assert "old" not in text
+    before = config.out.read_text()
+    capsys.readouterr()
+    benchmark(config)
+    assert config.out.read_text() == before
+    assert "| sam |" in capsys.readouterr().out
+
+
+def test_what_was_timed_before_a_cut_is_kept(miniature, tmp_path, monkeypatch):
+    config = Benchmark(all=True, rounds=2, out=tmp_path / "rows.csv")
+    real, timed = suite._timed, []
+
+    def cut(kind, network, program, *rest):
+        if len(timed) == 3:
+            raise KeyboardInterrupt
+        timed.append((network, program))
+        return real(kind, network, program, *rest)
+
+    monkeypatch.setattr(suite, "_timed", cut)
+    with pytest.raises(KeyboardInterrupt):
+        suite.run(config)
+    text = config.out.read_text()
+    assert len(tables.read(config.out, suite.Row)) == 3
+    config.out.write_text(text + "cpu,dense,8")  # a row in writing
+    monkeypatch.setattr(suite, "_timed", real)
+    rows = suite.run(config)
+    assert config.out.read_text().startswith(text)
+    assert len({(row.network, row.program) for row in rows}) == len(rows) == 6
+
+
+def test_the_budget_ends_it(miniature, tmp_path, monkeypatch, capsys):
+    now = iter(range(0, 10_000, 100))  # each look at the clock is 100 s later
+    clock = types.SimpleNamespace(monotonic=lambda: next(now), perf_counter=time.perf_counter)
+    monkeypatch.setattr(suite, "time", clock)
+    rows = suite.run(Benchmark(all=True, rounds=2, budget=700.0, out=tmp_path / "rows.csv"))
+    assert [(row.network, row.program) for row in rows] == [("dense", "SGD"), ("language", "SGD")]
+    assert "dense, sam: left out" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_every_program_is_timed(tmp_path, monkeypatch):
+    monkeypatch.setattr(suite, "NETWORKS", MINIATURE)
+    rows = suite.run(Benchmark(all=True, rounds=2, out=tmp_path / "rows.csv"))
+    assert {(row.network, row.program) for row in rows} == {(n, p) for n in MINIATURE for p in suite.PROGRAMS}
+
+
+def test_the_language_model_does_not_see_what_follows():
+    model = networks._Language(6, 10, 8, 1, 2, nnx.Rngs(0))
+    tokens = jax.random.randint(jax.random.key(0), (2, 6), 1, 10)
+    early = model(tokens)[:, :3]
+    np.testing.assert_allclose(model(tokens.at[:, 3:].set(0))[:, :3], early, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(model(tokens.at[:, 0].set(0))[:, :3], early, atol=1e-3)
+
+
+def test_a_page_without_marks_is_refused(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("nothing")
+    with pytest.raises(ValueError, match="has no place for the table"):
+        suite.write_page(page, "table")
+    with pytest.raises(ValueError, match="--page is for the tables of --all"):
+        ranges.check(Benchmark(page=page))
+    with pytest.raises(ValueError, match="give one of them"):
+        ranges.check(Benchmark(all=True, target="h100"))

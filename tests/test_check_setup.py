@@ -75,7 +75,7 @@ CHAINS = {
     "clipping behind s2sam": (optax.chain(crsam_jax.s2sam(SGD), optax.clip(0.1)), "stands behind msam or s2sam"),
     "nothing to perturb": (
         optax.chain(sam(LOSS_FN, mask=jax.tree.map(lambda _: False, PARAMS)), SGD),
-        "a mask leaves nothing to perturb",
+        "mask is False for all params",
     ),
     "no method": (SGD, "holds no sharpness-aware method"),
     "another loss": (
@@ -95,6 +95,65 @@ def test_the_chain(name):
     tx, message = CHAINS[name]
     with pytest.raises(ValueError, match=message):
         check(tx)
+
+
+def smoothed(amount):
+    """A cross-entropy with this much label smoothing, which moves the loss by a few thousandths."""
+    x, y = jax.random.normal(jax.random.key(1), (32, 4)), jnp.arange(32) % 3
+
+    def loss_fn(params):
+        labels = optax.smooth_labels(jax.nn.one_hot(y, 3), amount)
+        return optax.softmax_cross_entropy(x @ params, labels).mean()
+
+    return loss_fn
+
+
+@pytest.mark.parametrize("amount", [0.02, 0.1])
+def test_label_smoothing_in_one_of_two_losses(amount):
+    plain, other, params = smoothed(0.0), smoothed(amount), 0.2 * jax.random.normal(jax.random.key(0), (4, 3))
+    check_setup(optax.chain(sam(plain), SGD), plain, params, grads=jax.grad(plain)(params), loss=plain(params))
+    with pytest.raises(ValueError, match="tx was built with another loss"):
+        check_setup(optax.chain(sam(other), SGD), plain, params)
+    with pytest.raises(ValueError, match=r"grads are (not|0\.\d+ times) the gradient"):
+        check_setup(optax.chain(sam(plain), SGD), plain, params, grads=jax.grad(other)(params))
+
+
+def test_a_mean_of_gradients_before_the_method():
+    with pytest.raises(ValueError, match=r"In a second step .*mean over steps"):
+        check(optax.chain(optax.ema(0.9), sam(LOSS_FN), SGD))
+    with pytest.raises(ValueError, match="Put the method first"):
+        check(optax.chain(optax.trace(0.9), sam(LOSS_FN), SGD))
+
+
+@pytest.mark.parametrize("half", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize("widened", [False, True])
+def test_a_loss_in_half_precision(half, widened):
+    def loss_fn(params, batch):
+        loss = LOSS_FN(params, batch).astype(half)
+        return loss.astype(jnp.float32) if widened else loss
+
+    with pytest.raises(ValueError, match=rf"rounded to {jnp.dtype(half).name}, .* Compute the loss in float32"):
+        check(optax.chain(crsam(loss_fn, rho=0.5), SGD), loss_fn)
+
+
+def test_has_aux_is_found_out(capsys):
+    loss_fn = lambda params, batch: (LOSS_FN(params, batch), {"features": batch})
+    tx = optax.chain(crsam(loss_fn, has_aux=True), SGD)
+    check(tx, loss_fn, grads=GRADS, loss=LOSS)
+    check(tx, loss_fn, grads=GRADS, loss=LOSS, has_aux=True)
+    with pytest.raises(TypeError, match="pass has_aux=True"):
+        check(optax.chain(crsam(loss_fn), SGD), loss_fn)
+
+
+def test_it_prints_what_it_checked(capsys):
+    check(optax.chain(crsam(LOSS_FN), SGD), grads=GRADS, loss=LOSS)
+    printed = capsys.readouterr().out
+    for part in ("is right", "twice", "grads are its gradient", "loss= is that loss", "second step", "downhill"):
+        assert part in printed
+    check(crsam(LOSS_FN))
+    printed = capsys.readouterr().out
+    assert printed.count("not checked") == 2
+    assert "put an optimizer behind it" in printed
 
 
 def test_all_that_is_wrong_is_listed():

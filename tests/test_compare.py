@@ -135,6 +135,12 @@ def test_an_interruption_leaves_the_table_of_complete_runs(tmp_path, monkeypatch
     assert (base.rstrip(" |")[-1], sam.rstrip(" |")[-1]) == ("2", "1")  # seeds
 
 
+def test_comparisons_may_begin_at_another_seed(tmp_path):
+    config = Compare(methods=("base",), seeds=2, first_seed=1000)
+    rows = read(compare.compare("digits", TINY, config, {}, run_of(tmp_path)) / "runs.csv")
+    assert [row["seed"] for row in rows] == ["1000", "1001"]
+
+
 def test_a_loss_that_is_not_finite_counts_as_a_guess(tmp_path):
     config = Compare(methods=("base", "base,learning_rate=1e38"), seeds=1)
     found = compare.compare("digits", TINY, config, {}, run_of(tmp_path / "run"))

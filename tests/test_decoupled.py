@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import adaptive_ascent, decoupled_wsam, wsam
+from crsam_jax import decoupled_wsam, wsam
+from crsam_jax.ascents import adaptive_ascent
 from tests.problems import broken_at, flat
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import adaptive_ascent, asam, crsam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax import asam, crsam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax.ascents import adaptive_ascent
 from tests.problems import closed_form, direction_and_gradient, flat, one_step, polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")

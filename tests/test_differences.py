@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import adaptive_ascent, crsam
+from crsam_jax import crsam
+from crsam_jax.ascents import adaptive_ascent
 from tests.problems import broken_at, flat, mlp, mlp_loss, one_step, polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from crsam_jax import Ascent, adaptive_ascent, asam, gradient_ascent, masked_ascent, sam
+from crsam_jax import asam, sam
+from crsam_jax.ascents import Ascent, adaptive_ascent, gradient_ascent, masked_ascent
 from tests.problems import flat, mlp, one_step
 
 PARAMS = {"kernel": jnp.array([[1.0, -2.0], [0.5, 4.0]]), "bias": jnp.array([-3.0])}
@@ -75,10 +76,12 @@ def test_mask_may_be_a_prefix():
 
 
 def test_mask_of_true_and_of_false_are_the_ends():
+    everything = lambda params: jax.tree.map(lambda _: True, params)
     np.testing.assert_array_equal(
-        flat(direction(masked_ascent(gradient_ascent(), True))), flat(direction(gradient_ascent()))
+        flat(direction(masked_ascent(gradient_ascent(), everything))), flat(direction(gradient_ascent()))
     )
-    assert not np.any(flat(direction(masked_ascent(gradient_ascent(), False))))
+    with pytest.raises(ValueError, match="mask is False for all params"):
+        direction(masked_ascent(gradient_ascent(), lambda params: jax.tree.map(lambda _: False, params)))
 
 
 def test_masks_that_do_not_fit_are_errors_that_say_where():

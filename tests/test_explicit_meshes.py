@@ -30,13 +30,13 @@ METHODS = {
     "crsam, random probes": lambda loss: crsam_jax.crsam(loss, probes=crsam_jax.random_probes(2)),
     "sam, masked": lambda loss: crsam_jax.sam(loss, mask={"hidden": True, "bias": False, "large": True}),
     "sam, ascent only": lambda loss: crsam_jax.sam(loss, ascent_only=True),
-    "friendly": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.friendly_ascent()),
-    "momentum": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.momentum_ascent()),
-    "dynamic sparse": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dynamic_sparse_ascent(update_every=1)),
+    "friendly": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.friendly_ascent()),
+    "momentum": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.momentum_ascent()),
+    "dynamic sparse": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.dynamic_sparse_ascent(update_every=1)),
     "sparse": lambda loss: crsam_jax.sam(
-        loss, ascent=crsam_jax.sparse_ascent(crsam_jax.largest_fraction(initial_params(), 0.5))
+        loss, ascent=crsam_jax.ascents.sparse_ascent(crsam_jax.ascents.largest_fraction(initial_params(), 0.5))
     ),
-    "dropped": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.dropped_ascent()),
+    "dropped": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.dropped_ascent()),
     "periodic": lambda loss: crsam_jax.periodic(crsam_jax.crsam(loss), 2),
     "look": lambda loss: crsam_jax.look(crsam_jax.sam(loss), 2),
     "late": lambda loss: crsam_jax.late(crsam_jax.sam(loss), 1),
@@ -92,3 +92,47 @@ def test_sharded_params_trace_and_equal_one_device(name, devices):
             for key, leaf in found.items():
                 assert leaf.sharding.is_equivalent_to(NamedSharding(mesh, specs[key]), leaf.ndim), (layout, key)
                 np.testing.assert_allclose(np.asarray(leaf), expected[key], rtol=1e-5, atol=1e-6, err_msg=layout)
+
+
+def all_gathers(make):
+    """How many arrays of at least a weight's size one training step gathers, and the largest of all others."""
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    tx = optax.with_extra_args_support(make(loss_fn))
+
+    def step(params, state, x):
+        loss, grads = jax.value_and_grad(loss_fn)(params, x)
+        updates, state = tx.update(grads, state, params, loss=loss, x=x)
+        return optax.apply_updates(params, updates), state
+
+    with jax.set_mesh(mesh):
+        params = jax.device_put(initial_params(), {key: NamedSharding(mesh, s) for key, s in LAYOUTS["fsdp"].items()})
+        x = jax.device_put(jnp.ones((8, 16)), NamedSharding(mesh, P("data")))
+        text = jax.jit(step).lower(params, jax.jit(tx.init)(params), x).compile().as_text()
+    return sum("all-gather(" in line or "all-gather-start(" in line for line in text.splitlines())
+
+
+@pytest.mark.parametrize(("name", "evaluations"), [("sam", 2), ("asam", 2), ("gsam", 2), ("crsam", 3), ("msam", 1)])
+def test_no_weight_is_gathered_but_for_an_evaluation(name, evaluations):
+    """Each evaluation gathers the weights that the loss asks for; norms, products and the combination gather none."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs 2 devices")
+    adam = all_gathers(lambda loss: optax.adam(1e-3))
+    assert adam > 0
+    chained = lambda loss: METHODS[name](loss) if name == "msam" else optax.chain(METHODS[name](loss), optax.sgd(0.1))
+    assert all_gathers(chained) <= evaluations * adam
+
+
+@pytest.mark.parametrize("method", [crsam_jax.sam, crsam_jax.crsam])
+def test_a_forgotten_axis_name_is_named(method):
+    mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:1])
+    plain = lambda w, x: jnp.mean((x @ w) ** 2)
+
+    def gradient(w, x):
+        own = jax.lax.pcast(w, "data", to="varying")
+        loss, grads = jax.lax.pmean(jax.value_and_grad(plain)(own, x), "data")
+        return tx.update(grads, tx.init(w), w, loss=loss, x=x)[0]
+
+    tx = method(plain)
+    step = jax.shard_map(gradient, mesh=mesh, in_specs=(P(), P("data")), out_specs=P())
+    with pytest.raises(ValueError, match=r"mesh axis 'data'.*Execution\(axis_name='data'\)"), jax.set_mesh(mesh):
+        jax.jit(step)(jnp.ones(3), jax.device_put(jnp.ones((4, 3)), NamedSharding(mesh, P("data"))))

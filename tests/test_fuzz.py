@@ -14,12 +14,12 @@ from crsam_jax import sam
 from tests.problems import MEMBERS
 
 ASCENTS = {
-    "adaptive": partial(crsam_jax.adaptive_ascent, eta=0.0),
-    "smoothed": crsam_jax.smoothed_ascent,
-    "dropped": crsam_jax.dropped_ascent,
-    "momentum": crsam_jax.momentum_ascent,
-    "friendly": crsam_jax.friendly_ascent,
-    "dynamic_sparse": partial(crsam_jax.dynamic_sparse_ascent, update_every=1, total_steps=4),
+    "adaptive": partial(crsam_jax.ascents.adaptive_ascent, eta=0.0),
+    "smoothed": crsam_jax.ascents.smoothed_ascent,
+    "dropped": crsam_jax.ascents.dropped_ascent,
+    "momentum": crsam_jax.ascents.momentum_ascent,
+    "friendly": crsam_jax.ascents.friendly_ascent,
+    "dynamic_sparse": partial(crsam_jax.ascents.dynamic_sparse_ascent, update_every=1, total_steps=4),
 }
 POLICIES = {
     "periodic": partial(crsam_jax.periodic, k=2),

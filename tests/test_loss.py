@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
-from crsam_jax.step.loss import LossBinder
+from crsam_jax._loss import LossBinder
 from tests.problems import MEMBERS
 
 PARAMS = jnp.array([1.0, 2.0])

@@ -9,21 +9,8 @@ import optax
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from crsam_jax import (
-    Execution,
-    adaptive_policy,
-    crsam,
-    decoupled_wsam,
-    dropped_ascent,
-    dynamic_sparse_ascent,
-    friendly_ascent,
-    gsam,
-    look,
-    periodic,
-    random_probes,
-    rsam,
-    sam,
-)
+from crsam_jax import Execution, adaptive_policy, crsam, decoupled_wsam, gsam, look, periodic, random_probes, rsam, sam
+from crsam_jax.ascents import dropped_ascent, dynamic_sparse_ascent, friendly_ascent
 from tests.problems import flat, recording
 
 pytestmark = pytest.mark.usefixtures("x64")

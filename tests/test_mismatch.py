@@ -18,9 +18,9 @@ BATCHES = [mlp(seed, examples=16)[2] for seed in range(8)]
 METHODS = {
     "sam": sam,
     "asam": crsam_jax.asam,
-    "momentum": partial(sam, ascent=crsam_jax.momentum_ascent()),
+    "momentum": partial(sam, ascent=crsam_jax.ascents.momentum_ascent()),
     "crsam": crsam,
-    "crsam, adaptive": partial(crsam, ascent=crsam_jax.adaptive_ascent()),
+    "crsam, adaptive": partial(crsam, ascent=crsam_jax.ascents.adaptive_ascent()),
     "crsam, masked": partial(crsam, mask={"first": True, "second": False}),
     "random probes": partial(crsam, probes=random_probes(1, 0.1)),
 }

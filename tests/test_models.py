@@ -166,6 +166,16 @@ def test_the_stem_follows_the_image_size():
     assert large.conv.kernel.shape[:2] == (7, 7)
 
 
+def test_the_strided_stem_halves_the_image_without_pooling():
+    network = nnx.eval_shape(lambda: build("resnet8", 10, (32, 32, 3), nnx.Rngs(0), stem="strided"))
+    assert network.conv.kernel.shape == (3, 3, 3, 16)
+    features = nnx.eval_shape(
+        lambda: build("resnet8", 10, (32, 32, 3), nnx.Rngs(0), stem="strided").conv(images(1, 32, 32, 3))
+    )
+    assert features.shape == (1, 16, 16, 16)
+    assert not network.is_imagenet
+
+
 def test_pyramid_shortcut_averages_and_pads_with_zeros():
     block = PyramidBlock(layers(), inputs=3, outputs=5, stride=2)
     block.norm3.scale[...] = jnp.zeros(5)  # leaves the shortcut alone

@@ -11,7 +11,8 @@ import orbax.checkpoint as ocp
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import OneEvaluationState, eval_params, msam, s2sam
+from crsam_jax import eval_params, msam, s2sam
+from crsam_jax.shifted import OneEvaluationState
 from tests.problems import flat, mlp, polynomial
 
 METHODS = {"msam": partial(msam, decay=0.8), "s2sam": s2sam}
@@ -70,7 +71,7 @@ def test_it_is_the_algorithm_with_two_buffers(x64, name, base):
         np.testing.assert_allclose(flat(carry[0]), point, rtol=0, atol=1e-12)  # where the gradient is taken
         carry, _ = step(carry, batch)
         np.testing.assert_allclose(flat(eval_params(carry[1], carry[0])), w, rtol=0, atol=1e-12)
-    assert carry[1].count == 50
+    assert carry[1].step_count == 50
     assert carry[1].diagnostics.guarded_steps == 0
 
 
@@ -203,7 +204,7 @@ def test_tree_map_params_finds_the_memory_and_the_base_optimizers(name):
     tx = METHODS[name](optax.sgd(0.1, momentum=0.9))
     mapped = optax.tree_map_params(tx, lambda x: x + 1, tx.init(params), transform_non_params=lambda x: x - 1)
     np.testing.assert_array_equal(flat((mapped.memory, mapped.base_optimizer_state)), 1)
-    np.testing.assert_array_equal(flat((mapped.count, mapped.shift, mapped.diagnostics)), -1)
+    np.testing.assert_array_equal(flat((mapped.step_count, mapped.shift, mapped.diagnostics)), -1)
 
 
 def test_inject_hyperparams_sets_the_next_shift():
@@ -296,7 +297,7 @@ def test_a_gradient_that_is_not_finite_undoes_the_shift_and_leaves_no_trace(name
     chex.assert_trees_all_close(back, w, rtol=1e-6, atol=1e-7)
     chex.assert_trees_all_equal(eval_params(after, back), back)
     assert after.diagnostics.guarded_steps == 1
-    for field in ("count", "memory", "base_optimizer_state"):
+    for field in ("step_count", "memory", "base_optimizer_state"):
         chex.assert_trees_all_equal(getattr(after, field), getattr(state, field))
     (held, state), _ = make_step(tx, loss_fn)((back, after), batch)  # and on it goes
     assert np.isfinite(flat((held, state))).all()

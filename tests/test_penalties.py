@@ -9,7 +9,7 @@ import pytest
 from jax.flatten_util import ravel_pytree
 
 from crsam_jax import asam, crsam, crsam_gradient, gradient_norm_penalty, gsam, sam, wsam
-from crsam_jax.step.sides import second_difference
+from crsam_jax.engine import second_difference
 from tests.problems import closed_form, flat, mlp, one_step, polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")

@@ -8,20 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import (
-    Execution,
-    adaptive_ascent,
-    adaptive_policy,
-    crsam,
-    friendly_ascent,
-    gsam,
-    is_full_step,
-    look,
-    periodic,
-    random_probes,
-    rsam,
-    sam,
-)
+from crsam_jax import Execution, adaptive_policy, crsam, gsam, is_full_step, look, periodic, random_probes, rsam, sam
+from crsam_jax.ascents import adaptive_ascent, friendly_ascent
 from tests.problems import broken_at, flat, recording
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -362,7 +350,7 @@ def test_tree_map_params_finds_the_reused_direction_alone(name):
 
 def test_bad_arguments():
     for policy in (periodic, look):
-        with pytest.raises(TypeError, match="k must be an integer"):
+        with pytest.raises(TypeError, match="k must be a whole number"):
             policy(sam(loss_fn), k=2.0)
         with pytest.raises(ValueError, match="k must be at least 1"):
             policy(sam(loss_fn), k=0)

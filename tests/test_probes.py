@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from crsam_jax import Execution, crsam, sam
-from crsam_jax.step import evaluation as probes
+from crsam_jax import _parallel as probes
 from tests.problems import MEMBERS, ONE_SIDED, TWO_SIDED, flat, mlp, one_step, polynomial
 
 STRATEGIES = ("vmap", "sequential", "ordered", "auto")
@@ -44,8 +44,11 @@ def dots(compiled):
 def test_evaluations_are_the_losses_and_gradients_at_the_points(evaluation, jit, x64):
     problem = polynomial(cubic=True)
     points = [jax.tree.map(lambda x, s=s: x + s, problem.params) for s in (0.3, -0.2)]
-    evaluate = lambda *points: probes.evaluate(problem.loss, points, Execution(evaluation))
-    found = (jax.jit(evaluate) if jit else evaluate)(*points)
+    ones, one = jax.tree.map(jnp.ones_like, problem.params), jnp.ones(())
+    evaluate = lambda *steps: probes.evaluate(
+        problem.loss, problem.params, [probes.Displacement(ones, (one, s)) for s in steps], Execution(evaluation)
+    )
+    found = (jax.jit(evaluate) if jit else evaluate)(jnp.float64(0.3), jnp.float64(-0.2))
     for point, (loss, grads) in zip(points, found, strict=True):
         expected = problem.hessian @ flat(point) + problem.linear + problem.cubic * flat(point) ** 2 / 2
         np.testing.assert_allclose(flat(grads), expected, rtol=1e-12)

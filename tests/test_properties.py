@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from crsam_jax import Execution, adaptive_ascent, crsam_gradient, gradient_ascent
+from crsam_jax import Execution, crsam_gradient
+from crsam_jax.ascents import adaptive_ascent, gradient_ascent
 from tests.problems import MEMBERS, flat, one_step, polynomial
 
 thorough = settings(max_examples=40)

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from jax.flatten_util import ravel_pytree
 
-from crsam_jax import Execution, crsam, crsam_gradient, random_probes, sam, smoothed_ascent
+from crsam_jax import Execution, crsam, crsam_gradient, random_probes, sam
+from crsam_jax.ascents import smoothed_ascent
 from tests.problems import broken_at, flat, mlp, one_step, polynomial, recording
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -20,7 +21,7 @@ close = partial(np.testing.assert_allclose, rtol=1e-9, atol=1e-10)
 
 def step_at(tx, loss_fn, params, count=0, **kwargs):
     """One step with ``count`` steps before it: gradient and diagnostics."""
-    state = tx.init(params)._replace(count=jnp.asarray(count, jnp.int32))
+    state = tx.init(params)._replace(step_count=jnp.asarray(count, jnp.int32))
     gradient, state = tx.update(jax.grad(loss_fn)(params, **kwargs), state, params, **kwargs)
     return gradient, state.diagnostics
 

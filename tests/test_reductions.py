@@ -8,7 +8,8 @@ import numpy as np
 import optax
 import pytest
 
-from crsam_jax import adaptive_ascent, asam, crsam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax import asam, crsam, gradient_norm_penalty, gsam, sam, wsam
+from crsam_jax.ascents import adaptive_ascent
 from tests.problems import flat, mlp, one_step
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -30,7 +31,10 @@ REDUCTIONS = {
         (gradient_norm_penalty, {"alpha": 1.6}),
     ),
     "asam is sam with its ascent": ((asam, {"eta": 0.1}), (sam, {"ascent": adaptive_ascent(0.1)})),
-    "asam with nothing adaptive is sam": ((asam, {"adaptive": False}), (sam, {})),
+    "asam with nothing adaptive is sam": (
+        (asam, {"adaptive": lambda params: jax.tree.map(lambda _: False, params)}),
+        (sam, {}),
+    ),
 }
 
 

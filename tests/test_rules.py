@@ -6,59 +6,66 @@ import numpy as np
 import pytest
 
 import crsam_jax
-from crsam_jax import Vector, at_multiples, one_sided, sharpness_aware, two_sided
-from crsam_jax.members.curvature_penalty import curvature_penalty
-from crsam_jax.members.gradient_norm import gradient_norm
-from crsam_jax.members.gsam import surrogate_gap
-from crsam_jax.members.sam import sharpness
-from crsam_jax.members.wsam import weighted_sharpness
-from crsam_jax.step.products import Products
-from crsam_jax.step.rule import Point, Step
+from crsam_jax._crsam import curvature_penalty
+from crsam_jax._one_sided import gradient_norm, sharpness, surrogate_gap, weighted_sharpness
+from crsam_jax.engine import (
+    HERE,
+    MINUS,
+    PLUS,
+    Outcome,
+    Step,
+    at_multiples,
+    of_gradients,
+    one_sided,
+    sharpness_aware,
+    two_sided,
+)
 from tests.problems import flat, mlp, one_step, polynomial
 
 pytestmark = pytest.mark.usefixtures("x64")
 
 
+def vectors_of(g, plus, minus=None):
+    return [g, plus - g] + ([] if minus is None else [plus + minus - 2 * g])
+
+
 def step_of(g, plus, minus=None, losses=(1.0, 1.3, 0.9), rho=0.5):
     """A step whose gradients are short vectors, with products computed by numpy."""
-    trees = [g, plus - g] + ([] if minus is None else [plus + minus - 2 * g])
-    gram = [[jnp.asarray(a @ b) for b in trees] for a in trees]
-    rest = (0.0,) * (len(trees) - 2)
-    length = np.linalg.norm(g)
-    products = Products(gram, [jnp.asarray(g @ t / length) for t in trees], jnp.ones(()), jnp.zeros((), jnp.int32))
+    length, vectors = np.linalg.norm(g), vectors_of(g, plus, minus)
     return Step(
-        here=Point(jnp.asarray(losses[0]), Vector((1.0, 0.0, *rest))),
-        plus=Point(jnp.asarray(losses[1]), Vector((1.0, 1.0, *rest))),
-        losses=[jnp.asarray(losses[2])] if minus is not None else [],
-        vectors=[Vector((1.0, -1.0, 1.0))] if minus is not None else [],
+        loss=jnp.asarray(losses[0]),
+        loss_plus=jnp.asarray(losses[1]),
+        further_losses=[jnp.asarray(losses[2])] if minus is not None else [],
         rho=jnp.asarray(rho),
-        products=products,
+        reach=jnp.asarray(rho),
+        grad_norm=jnp.asarray(length),
+        gram=[[jnp.asarray(a @ b) / length**2 for b in vectors] for a in vectors],
+        along=[jnp.asarray(g @ b) / length**2 for b in vectors],
         loss_epsilon=1e-16,
         is_perturbed=jnp.asarray(True),
         params=g,
     )
 
 
-def tree_of(vector, g, plus, minus=None):
-    trees = [g, plus - g] + ([] if minus is None else [plus + minus - 2 * g])
-    return sum(float(weight) * tree for weight, tree in zip(vector.weights, trees, strict=True))
+def tree_of(weights, g, plus, minus=None):
+    return sum(float(weight) * vector for weight, vector in zip(weights, vectors_of(g, plus, minus), strict=False))
 
 
-G, PLUS, MINUS = np.array([3.0, 0.0]), np.array([4.0, 2.0]), np.array([2.5, -1.0])
+G, G_PLUS, G_MINUS = np.array([3.0, 0.0]), np.array([4.0, 2.0]), np.array([2.5, -1.0])
 FORMULAS = {
-    "sam": (sharpness, {}, PLUS),
-    "wsam": (weighted_sharpness, {"gamma": 0.75}, -2 * G + 3 * PLUS),
-    "gradient norm": (gradient_norm, {"alpha": 0.25}, 0.75 * G + 0.25 * PLUS),
-    "gsam": (surrogate_gap, {"alpha": 0.5}, PLUS - 0.5 * (G - 12 / 20 * PLUS)),
+    "sam": (sharpness, {}, G_PLUS),
+    "wsam": (weighted_sharpness, {"gamma": 0.75}, -2 * G + 3 * G_PLUS),
+    "gradient norm": (gradient_norm, {"alpha": 0.25}, 0.75 * G + 0.25 * G_PLUS),
+    "gsam": (surrogate_gap, {"alpha": 0.5}, G_PLUS - 0.5 * (G - 12 / 20 * G_PLUS)),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_one_sided_formulas(name):
     rule, numbers, expected = FORMULAS[name]
-    found = rule(step_of(G, PLUS), **{name: jnp.asarray(value) for name, value in numbers.items()})
-    vector = found if isinstance(found, Vector) else found.gradient
-    np.testing.assert_allclose(tree_of(vector, G, PLUS), expected, rtol=1e-12)
+    found = rule(step_of(G, G_PLUS), **{name: jnp.asarray(value) for name, value in numbers.items()})
+    weights = found.weights if isinstance(found, Outcome) else found
+    np.testing.assert_allclose(tree_of(weights, G, G_PLUS), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize(("form", "a", "b"), [("log", 0.3 / 1.2, 0.2 / 1.4), ("linear", 0.3, 0.2)])
@@ -66,10 +73,10 @@ def test_crsam_is_equation_7(form, a, b):
     """S = 0.3 − 0.1 and D = 0.4."""
     rule = curvature_penalty(form, 0.3, 0.2, 1.0, None, "losses")
     numbers = {name: jnp.asarray(value) for name, value in rule.numbers.items()}
-    outcome = rule.combine(step_of(G, PLUS, MINUS), **numbers)
-    penalty = a * (PLUS + MINUS - 2 * G) + b * (PLUS - MINUS)
-    np.testing.assert_allclose(tree_of(outcome.penalty, G, PLUS, MINUS), penalty, rtol=1e-12)
-    np.testing.assert_allclose(tree_of(outcome.gradient, G, PLUS, MINUS), PLUS + penalty, rtol=1e-12)
+    outcome = rule.combine(step_of(G, G_PLUS, G_MINUS), **numbers)
+    penalty = a * (G_PLUS + G_MINUS - 2 * G) + b * (G_PLUS - G_MINUS)
+    np.testing.assert_allclose(tree_of(outcome.penalty, G, G_PLUS, G_MINUS), penalty, rtol=1e-12)
+    np.testing.assert_allclose(tree_of(outcome.weights, G, G_PLUS, G_MINUS), G_PLUS + penalty, rtol=1e-12)
     assert not outcome.is_guarded
 
 
@@ -78,17 +85,27 @@ def test_a_logarithm_without_a_positive_argument_has_no_weight(losses, a, b):
     """S = −0.1, or D = −0.4, with δ = 0."""
     rule = curvature_penalty("log", 0.3, 0.2, 0.0, None, "losses")
     numbers = {name: jnp.asarray(value) for name, value in rule.numbers.items()}
-    outcome = rule.combine(step_of(G, PLUS, MINUS, losses), **numbers)
-    expected = a * (PLUS + MINUS - 2 * G) + b * (PLUS - MINUS)
-    np.testing.assert_allclose(tree_of(outcome.penalty, G, PLUS, MINUS), expected, rtol=1e-9, atol=1e-12)
+    outcome = rule.combine(step_of(G, G_PLUS, G_MINUS, losses), **numbers)
+    expected = a * (G_PLUS + G_MINUS - 2 * G) + b * (G_PLUS - G_MINUS)
+    np.testing.assert_allclose(tree_of(outcome.penalty, G, G_PLUS, G_MINUS), expected, rtol=1e-9, atol=1e-12)
     assert outcome.is_guarded
 
 
-def test_vectors_are_linear():
-    a, b = Vector((1.0, 2.0, 0.0)), Vector((0.5, -1.0, 4.0))
-    assert (2 * a - b / 2 + -b).weights == (1.25, 5.5, -6.0)
-    traced = jax.jit(lambda s: (s * a).weights)(3.0)
-    assert [float(w) for w in traced] == [3.0, 6.0, 0.0]
+def test_weights_of_gradients_are_weights_of_differences():
+    weights = of_gradients(here=2.0, plus=-1.5, minus=0.25)
+    np.testing.assert_allclose(tree_of(weights, G, G_PLUS, G_MINUS), 2 * G - 1.5 * G_PLUS + 0.25 * G_MINUS, rtol=1e-12)
+    for gradient, weights in ((G, HERE), (G_PLUS, PLUS), (G_MINUS, MINUS)):
+        np.testing.assert_allclose(tree_of(weights, G, G_PLUS, G_MINUS), gradient, rtol=1e-12)
+
+
+def test_what_a_rule_reads_are_inner_products():
+    step, g = step_of(G, G_PLUS, G_MINUS), np.linalg.norm(G)
+    assert step.dot(PLUS, MINUS) * g**2 == pytest.approx(G_PLUS @ G_MINUS)
+    assert step.norm(MINUS) * g == pytest.approx(np.linalg.norm(G_MINUS))
+    assert step.slope(PLUS) == pytest.approx(G @ G_PLUS / g)
+    assert step.projection(HERE, onto=PLUS) == pytest.approx(G @ G_PLUS / (G_PLUS @ G_PLUS))
+    assert step.ratio(MINUS, PLUS) == pytest.approx(np.linalg.norm(G_MINUS) / np.linalg.norm(G_PLUS))
+    assert step.cosine(HERE, PLUS) == pytest.approx(G @ G_PLUS / g / np.linalg.norm(G_PLUS))
 
 
 # Members that a user writes
@@ -96,7 +113,7 @@ def test_vectors_are_linear():
 
 def test_a_two_sided_member_from_public_names():
     def rule(step, alpha):
-        return step.plus.grad + alpha * (step.plus.grad + step.minus.grad - 2 * step.here.grad)
+        return of_gradients(here=-2 * alpha, plus=1 + alpha, minus=alpha)
 
     problem = polynomial(True)
     tx = sharpness_aware(problem.loss, two_sided(rule, alpha=0.3), 0.2)
@@ -111,8 +128,7 @@ def test_a_member_with_four_points_from_public_names():
     """The fourth-order difference of gradients along v, exact on a quadratic: ρHv."""
 
     def rule(step):
-        minus, far, other_far = (point.grad for point in step.further)
-        return (8 * (step.plus.grad - minus) - (far - other_far)) / 12
+        return 0.0, 8 / 12, -8 / 12, -1 / 12, 1 / 12
 
     loss_fn, params, batch = mlp(dtype=jnp.float64)
     grads = jax.grad(loss_fn)(params, batch)
@@ -125,7 +141,7 @@ def test_a_member_with_four_points_from_public_names():
 
 
 def test_a_one_sided_member_with_a_schedule():
-    rule = one_sided(lambda step, weight: (1 - weight) * step.here.grad + weight * step.plus.grad, weight=lambda t: t)
+    rule = one_sided(lambda step, weight: of_gradients(here=1 - weight, plus=weight), weight=lambda t: t)
     square = lambda w: jnp.sum(w**2) / 2
     tx, w = sharpness_aware(square, rule, 1.0), jnp.array([3.0, 4.0])
     state, outs = tx.init(w), []
@@ -133,6 +149,25 @@ def test_a_one_sided_member_with_a_schedule():
         out, state = tx.update(w, state, w)
         outs.append(out)
     np.testing.assert_allclose(outs, [w, 1.2 * w], rtol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("rule", "message"),
+    [
+        (lambda step: (1.0, 1.0), "rule must be built by one_sided"),
+        (one_sided(lambda step: step.loss_plus), "returns weights of .* this one returned"),
+        (one_sided(lambda step: 0.5), "returns weights of .* this one returned"),
+        (one_sided(lambda step: (jnp.ones(2), 1.0)), "returns scalars"),
+        (one_sided(lambda step: of_gradients(minus=1.0)), "a weight of g⁻ needs two_sided"),
+        (one_sided(lambda step: (step.loss_minus, 1.0)), "no point w − ρv"),
+        (two_sided(lambda step: (1.0, 1.0, 0.0, 0.5)), "returned 4 weights where it has 3"),
+    ],
+)
+def test_a_mistake_in_a_rule_gets_one_sentence(rule, message):
+    square = lambda w: jnp.sum(w**2)
+    w = jnp.ones(2)
+    with pytest.raises(TypeError, match=message):
+        sharpness_aware(square, rule, 0.1).update(w, sharpness_aware(square, rule, 0.1).init(w), w)
 
 
 # The caller's loss
@@ -245,5 +280,5 @@ def test_late_and_all_policies_reject_what_they_cannot_use():
     for arguments, error in (((-1,), ValueError), ((0.5,), TypeError), ((1.5, 10), ValueError), ((0.5, 0), ValueError)):
         with pytest.raises(error):
             crsam_jax.late(member, *arguments)
-    with pytest.raises(TypeError, match=r"wraps a member.*periodic\(sam\(loss_fn\), 2\)"):
+    with pytest.raises(TypeError, match=r"wraps a method.*periodic\(sam\(loss_fn\), 2\)"):
         crsam_jax.periodic(jnp.sum, 2)

@@ -129,7 +129,7 @@ def test_what_it_cannot_do_is_said(problem):
     with pytest.raises(ValueError, match="stage of the optimizer"):
         jax.grad(sharpened(loss_fn, crsam_jax.rsam))(*problem)
     with pytest.raises(ValueError, match="stage of the optimizer"):
-        jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.friendly_ascent()))(*problem)
+        jax.grad(sharpened(loss_fn, crsam_jax.sam, ascent=crsam_jax.ascents.friendly_ascent()))(*problem)
     with pytest.raises(ValueError, match="stage of the optimizer"):
         jax.grad(sharpened(loss_fn, probes=crsam_jax.random_probes()))(*problem)
 
@@ -177,3 +177,79 @@ def test_inside_shard_map_each_device_has_its_own_perturbation(problem):
         return jax.lax.pmean(jax.grad(sharp)(params, x, y), "data")
 
     assert_equal(mean_gradient(params, x, y), expected)
+
+
+@pytest.mark.parametrize("method", [crsam_jax.sam, crsam_jax.crsam])
+def test_params_in_several_arguments_have_one_perturbation(method):
+    def loss_fn(a, x, b):
+        return jnp.mean((jnp.tanh(x @ a) @ b) ** 2)
+
+    a, b, x = jnp.linspace(-1, 1, 12).reshape(4, 3), jnp.linspace(0.5, 1, 6).reshape(3, 2), jnp.eye(4)
+    sharp = crsam_jax.sharpened(loss_fn, method, argnums=(0, 2), rho=0.3)
+    found = jax.jit(jax.grad(sharp, argnums=(0, 2)))(a, x, b)
+    whole = lambda params: loss_fn(params[0], x, params[1])
+    tx = method(whole, rho=0.3)
+    expected, _ = tx.update(jax.grad(whole)((a, b)), tx.init((a, b)), (a, b))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-7)
+
+
+def test_aux_of_any_kind_comes_back():
+    def loss_fn(w):
+        return jnp.sum(w**2), {"name": "first", "scale": 2.0, "logits": 3 * w, "apply": jnp.tanh}
+
+    w = jnp.array([3.0, 4.0])
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, has_aux=True, rho=0.5)
+    for (loss, aux), _ in (jax.value_and_grad(sharp, has_aux=True)(w), (sharp(w), None)):
+        assert loss == 25
+        assert (aux["name"], aux["scale"], aux["apply"]) == ("first", 2.0, jnp.tanh)
+        np.testing.assert_array_equal(aux["logits"], 3 * w)
+
+
+@pytest.mark.parametrize("argnums", [True, -1, 1.5, (), (0, "a"), "0"])
+def test_positions_that_are_none_are_refused(argnums):
+    with pytest.raises(TypeError, match="argnums must be the position"):
+        crsam_jax.sharpened(jnp.sum, crsam_jax.sam, argnums=argnums)
+
+
+def convolution_loss(params, images):
+    hidden = jax.nn.relu(jax.lax.conv_general_dilated(images, params["first"], (1, 1), "SAME"))
+    hidden = jax.nn.relu(jax.lax.conv_general_dilated(hidden, params["second"], (1, 1), "SAME"))
+    return jnp.mean(jnp.mean(hidden, axis=(2, 3)) @ params["out"] ** 2)
+
+
+@pytest.mark.parametrize("name", ["sam", "crsam"])
+def test_it_has_the_convolutions_of_the_stage(name):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {
+        "first": jax.random.normal(keys[0], (4, 3, 3, 3)),
+        "second": jax.random.normal(keys[1], (4, 4, 3, 3)),
+        "out": jax.random.normal(keys[2], (4,)),
+    }
+    images = jax.random.normal(keys[3], (2, 3, 8, 8))
+    method = getattr(crsam_jax, name)
+
+    def stage(params, images):
+        loss, grads = jax.value_and_grad(convolution_loss)(params, images)
+        tx = method(convolution_loss)
+        return loss, tx.update(grads, tx.init(params), params, loss=loss, images=images)[0]
+
+    def convolutions(step):
+        text = jax.jit(step).lower(params, images).compile().as_text()
+        return text.count("convolution(") + text.count("__onednn$convolution")
+
+    sharp = jax.value_and_grad(crsam_jax.sharpened(convolution_loss, method))
+    assert convolutions(sharp) == convolutions(stage) > 0
+
+
+def test_inside_pmap_each_device_has_its_own_perturbation():
+    def loss_fn(w, x):
+        return jnp.mean((x @ w) ** 4)
+
+    devices = jax.local_device_count()
+    w, x = jnp.array([1.0, -2.0]), jax.random.normal(jax.random.key(0), (devices, 3, 2))
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, rho=0.1)
+    step = lambda w, x: jax.lax.pmean(jax.grad(sharp)(w, x), "devices")
+    found = jax.pmap(step, axis_name="devices", in_axes=(None, 0))(w, x)
+    expected = jnp.mean(jnp.stack([jax.grad(sharp)(w, part) for part in x]), axis=0)
+    np.testing.assert_allclose(found[0], expected, rtol=1e-5)

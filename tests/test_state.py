@@ -10,7 +10,8 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 
-from crsam_jax import crsam, crsam_gradient, gradient_ascent, sam
+from crsam_jax import crsam, crsam_gradient, sam
+from crsam_jax.ascents import gradient_ascent
 from tests.problems import MEMBERS, TWO_SIDED, flat, mlp
 
 SCHEDULE = optax.linear_schedule(0.0, 0.2, 3)
@@ -71,7 +72,7 @@ def test_many_batches_compile_once_with_donation_and_a_schedule(name):
     for batch in BATCHES:
         given = carry
         carry, _ = step(carry, batch)
-    read = given[0], given[1][0].count, optax.tree.get(given[1], "mu")
+    read = given[0], given[1][0].step_count, optax.tree.get(given[1], "mu")
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(read))  # what the step does not read is not its to donate
     assert optax.tree.get(carry[1], "diagnostics").loss > 0
 
@@ -120,10 +121,10 @@ def test_schedules_read_the_count_and_diagnostics_are_read_by_name():
     carry = start(tx)
     seen = []
     for _ in range(3):
-        expected = optax.tree.get(carry[1], "count")
+        expected = optax.tree.get(carry[1], "step_count")
         carry, _ = make_step(tx)(carry, BATCHES[0])
         seen.append(float(optax.tree.get(carry[1], "loss_plus") - optax.tree.get(carry[1], "loss")))
-        assert optax.tree.get(carry[1], "count") == expected + 1
+        assert optax.tree.get(carry[1], "step_count") == expected + 1
     assert seen[0] == 0
     assert 0 < seen[1] < seen[2]
 

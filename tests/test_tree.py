@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from crsam_jax.step import trees as _tree
+from crsam_jax import _trees as _tree
 from tests.problems import flat
 
 TREE = {"a": jnp.array([3.0, -4.0]), "b": [jnp.array(12.0), None, jnp.array([[84.0]])]}

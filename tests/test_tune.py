@@ -10,10 +10,11 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import arms, jobs, overrides, recipes
+from experiments import arms, jobs, overrides, ranges, recipes
 from experiments.configs import Run, Tune
 from experiments.inputs import load
-from experiments.tune import sample, space_of, tune
+from experiments.spaces import WIDTH, neighbourhood, sample, shared_sample, space_of
+from experiments.tune import tune
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -91,11 +92,11 @@ def test_samples_fill_the_ranges_evenly_and_more_of_them_begin_alike():
 
 
 def test_ranges_are_of_the_methods_own_settings_and_of_those_of_all():
-    ranges = ("weight_decay=1e-4:1e-2", "crsam.rho=0.1:0.2")
-    assert space_of("sam", 0.03, ranges) == {
+    given = ("weight_decay=1e-4:1e-2", "crsam.rho=0.1:0.2")
+    assert space_of("sam", 0.03, given) == {
         "learning_rate": (0.003, 0.3), "sam.rho": (0.02, 1.0), "weight_decay": (1e-4, 1e-2)
     }  # fmt: skip
-    assert space_of("crsam", 0.03, ranges)["crsam.rho"] == (0.1, 0.2)
+    assert space_of("crsam", 0.03, given)["crsam.rho"] == (0.1, 0.2)
     for bad in ("sam.rho", "sam.rho=1", "sam.rho=0:1", "sam.rho=2:1", "sam.rho=a:b"):
         with pytest.raises(ValueError, match="key=low:high"):
             space_of("sam", 0.03, (bad,))
@@ -104,3 +105,57 @@ def test_ranges_are_of_the_methods_own_settings_and_of_those_of_all():
 def test_the_recipe_of_a_search_is_readable(found):
     content = json.loads((found[0] / "digits-tuned.json").read_text())
     assert set(content["per_method"]) == {"base", "sam", "crsam"}
+
+
+def test_methods_share_the_points_that_they_have_in_common():
+    given = ("sam.rho=0.02:2", "crsam.rho=0.02:2", "weight_decay=1e-4:1e-2")
+    spaces = {arm: space_of(arm, 0.1, given) for arm in ("base", "sam", "crsam")}
+    found = shared_sample(spaces, 8)
+    for base, sam, crsam in zip(*found.values(), strict=True):
+        assert list(base) == ["learning_rate", "weight_decay"]
+        assert base.items() <= sam.items()
+        assert sam == {key.replace("crsam.", "sam."): value for key, value in crsam.items()}
+        assert 0.02 <= sam["sam.rho"] <= 2
+    assert shared_sample(spaces, 8, seed=1)["sam"] != found["sam"]
+
+
+def test_the_second_round_stays_near_its_point_and_may_leave_the_range():
+    space = {"learning_rate": (0.01, 1.0), "crsam.rho": (0.1, 1.0), "crsam.alpha": (0.01, 1.0)}
+    near = neighbourhood(space, {"learning_rate": 0.1, "crsam.rho": 1.0})
+    assert near["crsam.alpha"] == space["crsam.alpha"]  # not tried yet
+    for name, width in (("learning_rate", 100.0), ("crsam.rho", 10.0)):
+        low, high = near[name]
+        assert np.log(high / low) == pytest.approx(WIDTH * np.log(width))
+    assert near["crsam.rho"][1] > 1
+
+
+def test_a_second_round_searches_around_the_best_of_shared_points(compiled, tmp_path):
+    config = Tune(
+        methods=("sam", "crsam"), trials=4, seeds=1, space=("sam.rho=0.02:2", "crsam.rho=0.02:2"), sobol_seed=2,
+        share_points=True, second_round=4,
+    )  # fmt: skip
+    folder = tune("digits", TINY, config, {}, Run(out=tmp_path, keep=None, log_steps=0, devices=1))
+    with (folder / "trials.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["arm"], row["round"]) for row in rows] == [
+        (arm, number) for arm in ("sam", "crsam") for number in "1111" + "2222"
+    ]
+    sam, crsam = rows[:8], rows[8:]
+    for ours, theirs in zip(sam[:4], crsam[:4], strict=True):
+        assert (ours["learning_rate"], ours["sam.rho"]) == (theirs["learning_rate"], theirs["crsam.rho"])
+        assert float(theirs["crsam.alpha"]) == TINY.crsam.alpha  # the recipe's
+    order = np.argsort([-float(row["accuracy"]) for row in crsam[:4]], kind="stable")
+    for trial, row in zip(order, crsam[4:], strict=True):  # one around each of the four
+        factor = float(row["crsam.rho"]) / float(crsam[trial]["crsam.rho"])
+        assert abs(np.log(factor)) <= WIDTH / 2 * np.log(100) + 0.01
+    assert len({row["crsam.alpha"] for row in crsam[4:]}) == 4
+    with (folder / "runs.csv").open() as file:
+        assert {row["seed"] for row in csv.DictReader(file)} == {"102"}  # searches share no run
+    best = max(crsam, key=lambda row: float(row["accuracy"]))
+    tuned = arms.resolve(overrides.find(str(folder / "digits-tuned.json")), "crsam", {}, 0)
+    assert tuned.crsam.alpha == float(best["crsam.alpha"])
+
+
+def test_a_second_round_is_divided_among_four():
+    with pytest.raises(ValueError, match="--second-round must be a multiple of four, got 6"):
+        ranges.check(Tune(second_round=6))

@@ -3,7 +3,7 @@
 import operator
 from typing import Any
 
-from crsam_jax.step.checks import check_number
+from crsam_jax._checks import check_number
 
 _LONGEST = 300
 

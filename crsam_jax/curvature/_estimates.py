@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 
+from crsam_jax._checks import check_number
 from crsam_jax.curvature.results import Estimate
-from crsam_jax.step.checks import check_number
 
 ESTIMATORS = ("rademacher", "gaussian", "xtrace")
 

@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax import _trees as trees
 from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._vectors import Basis, Product, Vector
-from crsam_jax.step import trees
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

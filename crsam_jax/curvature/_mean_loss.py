@@ -13,15 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from crsam_jax import _trees as trees
+from crsam_jax._loss import LossBinder, LossFn
+from crsam_jax._trees import check_params
 from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._batches import Data, ExampleCount, Passes
 from crsam_jax.curvature._checks import brief
 from crsam_jax.curvature._vectors import Vector
 from crsam_jax.curvature.composed import Composed
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_params
-from crsam_jax.step.loss import LossBinder
-from crsam_jax.step.types import LossFn
 
 Progress = Callable[[int, int | None], Any]
 """``progress(done, total)``; ``total`` is None where it is not known beforehand."""

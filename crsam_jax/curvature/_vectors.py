@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from crsam_jax.step import trees
+from crsam_jax import _trees as trees
 
 Vector = tuple[jax.Array, ...]
 """An element of the vector space: the leaves of params that a measure runs over, in at least float32."""

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from crsam_jax.step.loss import LossBinder
+from crsam_jax._loss import LossBinder
 
 
 @dataclasses.dataclass(frozen=True)

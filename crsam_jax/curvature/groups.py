@@ -5,10 +5,10 @@ from typing import Any
 
 import jax
 
+from crsam_jax.ascents import Mask
 from crsam_jax.curvature._checks import brief
 from crsam_jax.curvature._names import names_of
 from crsam_jax.curvature.results import Estimate
-from crsam_jax.step.types import Mask
 
 GroupOf = Callable[[str], str | None]
 """From a leaf's path, such as ``"block1/conv/kernel"``, to the name of its group; None leaves the leaf out."""

@@ -2,10 +2,11 @@
 
 from typing import Any
 
+from crsam_jax._loss import LossFn
+from crsam_jax.ascents import Mask
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature.composed import Composed
 from crsam_jax.curvature.objective import Objective
-from crsam_jax.step.types import LossFn, Mask
 
 
 def gradient_norm(

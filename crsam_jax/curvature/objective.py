@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax._checks import check_choice
+from crsam_jax._loss import LossFn
+from crsam_jax.ascents import Mask
 from crsam_jax.curvature import _quadrature, _vectors
 from crsam_jax.curvature._ascend import ascend, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, ExampleCount
@@ -28,8 +31,6 @@ from crsam_jax.curvature.results import (
     Spectrum,
     WorstCaseSharpness,
 )
-from crsam_jax.step.checks import check_choice
-from crsam_jax.step.types import LossFn, Mask
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

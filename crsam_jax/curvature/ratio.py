@@ -9,14 +9,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax import _trees as trees
+from crsam_jax._checks import check_choice, check_number
+from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._ascend import AscentStep, ascend, ascent_step, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, example_arguments, iterate, leading_axis, num_batches
 from crsam_jax.curvature._mean_loss import Progress, widened_params
-from crsam_jax.step import trees
-from crsam_jax.step.checks import check_choice, check_number
-from crsam_jax.step.loss import LossBinder
-from crsam_jax.step.types import LossFn
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]
 

@@ -4,11 +4,11 @@ from typing import Any
 
 import jax
 
+from crsam_jax._loss import LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import Progress
 from crsam_jax.curvature.objective import Objective
 from crsam_jax.curvature.results import AverageSharpness, WorstCaseSharpness
-from crsam_jax.step.types import LossFn
 
 
 def worst_case_sharpness(

@@ -4,12 +4,13 @@ from typing import Any
 
 import jax
 
+from crsam_jax._loss import LossFn
+from crsam_jax.ascents import Mask
 from crsam_jax.curvature._batches import Data, ExampleCount
 from crsam_jax.curvature._mean_loss import Progress
 from crsam_jax.curvature.groups import GroupOf
 from crsam_jax.curvature.objective import Objective
 from crsam_jax.curvature.results import Estimate, NormalizedTrace
-from crsam_jax.step.types import LossFn, Mask
 
 
 def hessian_trace(

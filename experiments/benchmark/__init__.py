@@ -19,6 +19,7 @@ import optax
 
 import crsam_jax
 from experiments import configs, ranges, tables
+from experiments.benchmark import suite
 from experiments.benchmark.steps import LossFn, Method, batch, crsam, initial, make_loss, make_step, methods
 from experiments.progress import track
 from experiments.targets import Target, count, find
@@ -35,6 +36,9 @@ def benchmark(config: configs.Benchmark = configs.Benchmark()) -> None:  # noqa:
     """
     ranges.check(config)
     jax.config.update("jax_enable_compilation_cache", False)  # or there would be no compilation to time
+    if config.all:
+        tables.show(suite.table(suite.run(config)))
+        return
     rows = timings(config) if config.target is None else costs(config)
     tables.show(timing_table(rows) if config.target is None else cost_table(rows))
     if config.out is not None:

@@ -11,6 +11,8 @@ from flax import nnx
 
 from experiments.models.layers import Layers, Shape
 
+_STEMS = {"cifar": (3, 1), "strided": (3, 2), "imagenet": (7, 2)}  # size and stride of the first convolution
+
 
 class Shortcut(nnx.Module):
     """The identity where shapes agree, else a strided 1×1 convolution and its normalization."""
@@ -117,7 +119,8 @@ class ResNet(nnx.Module):
       stage_sizes: blocks in each stage; features double and the image halves from one stage to the next.
       block: ``BasicBlock`` or ``Bottleneck``.
       width: features of the first stage.
-      stem: ``"cifar"``, one 3×3 convolution, or ``"imagenet"``, a 7×7 one of stride 2 and max pooling.
+      stem: ``"cifar"``, one 3×3 convolution; ``"strided"``, the same with stride 2; or ``"imagenet"``, a 7×7 one of
+        stride 2 and max pooling.
       zero_init_residual: whether each block starts as its shortcut, the scale of its last normalization at zero.
     """
 
@@ -130,13 +133,13 @@ class ResNet(nnx.Module):
         stage_sizes: Sequence[int],
         block: type[BasicBlock | Bottleneck],
         width: int = 64,
-        stem: Literal["cifar", "imagenet"] = "cifar",
+        stem: Literal["cifar", "strided", "imagenet"] = "cifar",
         zero_init_residual: bool = False,
     ):
-        if stem not in ("cifar", "imagenet"):
-            raise ValueError(f"stem must be 'cifar' or 'imagenet', got {stem!r}.")
+        if stem not in _STEMS:
+            raise ValueError(f"stem must be 'cifar', 'strided' or 'imagenet', got {stem!r}.")
         self.is_imagenet = stem == "imagenet"
-        self.conv = make.conv(image_shape[-1], width, *((7, 2) if self.is_imagenet else (3, 1)))
+        self.conv = make.conv(image_shape[-1], width, *_STEMS[stem])
         self.norm = make.batch_norm(width)
         stages = [stage for stage, size in enumerate(stage_sizes) for _ in range(size)]
         widths = [width, *(width * 2**stage * block.expansion for stage in stages)]

@@ -1,1 +1,0 @@
-"""When to pay: wrappers that take the full method only at some steps."""
