@@ -774,9 +774,7 @@ def _checked_weights(weights: Any, size: int) -> list[Scalar]:
     """
     expected = "(g, g⁺ − g)" if size == 2 else f"{size} vectors, (g, g⁺ − g, ...)"
     if not isinstance(weights, (tuple, list)):
-        raise TypeError(
-            f"A rule returns a tuple of weights of {expected}, or an Outcome; this one returned {weights!r}."
-        )
+        raise TypeError(f"A rule returns weights of {expected}, or an Outcome; this one returned {weights!r}.")
     if any(jnp.ndim(weight) for weight in weights):
         raise TypeError(f"A rule returns scalars, the weights of {expected}; this one returned {weights!r}.")
     if any(isinstance(weight, jax.Array) or weight for weight in weights[size:]):
