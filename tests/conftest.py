@@ -8,7 +8,9 @@ import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
 # Tests compile far more than they compute: without optimizing machine code they take half the time.
-os.environ["XLA_FLAGS"] = "--xla_backend_optimization_level=0 " + os.environ.get("XLA_FLAGS", "")
+# On a busy machine eight devices on two cores may wait for each other for longer than XLA's 40 seconds.
+_FLAGS = "--xla_backend_optimization_level=0 --xla_cpu_collective_call_terminate_timeout_seconds=300 "
+os.environ["XLA_FLAGS"] = _FLAGS + os.environ.get("XLA_FLAGS", "")
 jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of sharding; the others use the first one
 
 # The first example of a property compiles, so a deadline would only measure the machine. CI repeats itself.
