@@ -47,7 +47,11 @@ def convolution(name, dtype=jnp.float32):
 
 
 def loss_of(conv):
-    return lambda images, kernel: jnp.mean(jnp.tanh(conv(images, kernel)).astype(jnp.float32) ** 2)
+    def loss(images, kernel):
+        out = jnp.tanh(conv(images, kernel))
+        return jnp.mean(out.astype(jnp.promote_types(out.dtype, jnp.float32)) ** 2)
+
+    return loss
 
 
 def value_and_grads(name, dtype=jnp.float32):
