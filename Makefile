@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4
 
-.PHONY: demo test test-slow test-newest docs lint types wheel address clean
+.PHONY: demo test test-slow test-whole test-newest docs lint types wheel address clean
 
 demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
 	$(BIN)/python -m experiments compare digits
@@ -14,6 +14,9 @@ test: $(VENV)/.dev  ## tests, docstring examples and the examples of README.md a
 
 test-slow: $(VENV)/.dev  ## what `test` leaves out: whole runs in processes of their own, real data sets, the notebook
 	$(BIN)/python -m pytest $(PARALLEL) -m slow
+
+test-whole: $(VENV)/.dev  ## the examples' default runs, some minutes in all
+	$(BIN)/python -m pytest -m whole
 
 test-newest:  ## the library's own tests on the newest Python installed here, with the newest jax
 	.ci/test-newest

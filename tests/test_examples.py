@@ -157,7 +157,7 @@ def test_first_update_of_the_fine_tuning(perturbed, compiled):
     assert 0 < vector(mask).sum() <= vector(params).size
 
 
-@pytest.mark.slow
+@pytest.mark.whole
 @pytest.mark.parametrize("name", NAMES)
 def test_it_trains_as_a_command(name, tmp_path):
     """The whole default run. What it reaches is in examples/README.md."""

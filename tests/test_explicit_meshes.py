@@ -76,8 +76,14 @@ def two_steps(make, params, x):
     return params
 
 
-@pytest.mark.parametrize("devices", [1, 2, pytest.param(8, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", METHODS)
+ON_EIGHT = ("sam", "asam", "crsam", "dynamic sparse", "look", "msam")
+
+
+@pytest.mark.parametrize(
+    ("name", "devices"),
+    [(name, devices) for name in METHODS for devices in (1, 2)]
+    + [pytest.param(name, 8, marks=pytest.mark.slow) for name in ON_EIGHT],
+)
 def test_sharded_params_trace_and_equal_one_device(name, devices):
     if len(jax.devices()) < devices:
         pytest.skip(f"needs {devices} devices")
