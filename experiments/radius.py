@@ -84,6 +84,8 @@ def radius(
     """
     if not {"sam", "crsam"} <= set(methods):
         raise ValueError(f"--methods must hold sam and crsam, got {' '.join(methods)}.")
+    if not names:
+        raise ValueError(f"Name a task: {', '.join(TASKS)}.")
     for name in names:
         if name not in TASKS:
             raise unknown("task", name, TASKS)

@@ -70,5 +70,7 @@ def test_contrasts_are_adjusted_over_tasks(tmp_path):
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         radius.radius(("digit",))
+    with pytest.raises(ValueError, match="Name a task: digits, "):
+        radius.radius(())
     with pytest.raises(ValueError, match="--methods must hold sam and crsam, got sam"):
         radius.radius(("digits",), methods=("sam",))

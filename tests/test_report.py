@@ -152,15 +152,20 @@ def test_what_the_penalty_adds_at_equal_radius(accuracies):
     assert all(one.low < 0 < one.high for task, one in found.items() if task != "digits")
 
 
-def test_sam_and_crsam_at_one_radius():
-    rows = tables.read(DOCS / "study" / "supplement" / "digits-radius" / "runs.csv", Result)
-    sam, crsam = (
-        {row.seed: row.test_accuracy for row in rows if row.arm.split(",")[0] == arm} for arm in ("sam", "crsam")
+@pytest.mark.parametrize(("task", "seeds"), [("digits", 20), ("fashion-noise", 9)])
+def test_sam_and_crsam_at_one_radius(task, seeds):
+    rows = tables.read(DOCS / "study" / "supplement" / f"{task}-radius" / "runs.csv", Result)
+    arms = {"digits": ("sam", next(row.arm for row in rows if row.arm != "sam"))}.get(
+        task, ("crsam,crsam.alpha=0,crsam.beta=0", "crsam")
     )
+    sam, crsam = ({row.seed: row.test_accuracy for row in rows if row.arm == arm} for arm in arms)
     difference = paired(crsam, sam)
     text = f"{difference.mean:+.2f} ({difference.low:+.2f} to {difference.high:+.2f})".replace("-", "−")
     assert f"{text} to SAM" in words("study.md")
-    assert difference.pairs == 20
+    assert difference.pairs == seeds
+    if task == "fashion-noise":
+        interval = f"{signed(difference.low)} to {signed(difference.high)}"
+        assert f"{signed(difference.mean)}, {interval} with nine other seeds" in words("explanation/choosing.md")
 
 
 def test_the_network_that_fits():
