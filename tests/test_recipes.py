@@ -47,7 +47,7 @@ def test_every_row_of_the_paper_is_a_recipe():
         assert recipe.weight_decay == float(row["weight_decay"])
         assert recipe.optimizer == {"SGD+M": "sgd", "AdamW": "adamw"}[row["base_optimizer"]]
         assert recipe.sam == Sam(float(row["sam_rho"]))
-        assert recipe.crsam == CrSam(float(row["crsam_rho"]), float(row["alpha"]), float(row["beta"]))
+        assert recipe.crsam == CrSam(float(row["crsam_rho"]), float(row["alpha"]), float(row["beta"]), "linear")
 
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
