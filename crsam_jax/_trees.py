@@ -107,7 +107,8 @@ def scaled_norm(tree: Params) -> ScaledNorm:
     """‖x‖ over the whole tree, apart from its size. The length is NaN or Inf if an element is, and else finite."""
     dtype = wide_dtype(tree)
     shift = jnp.finfo(dtype).maxexp * 5 // 8  # squares of elements shifted by it stay in range, whatever the element
-    down, up = (math.ldexp(1.0, sign * shift) for sign in (-1, 1))
+    # Hidden from the compiler, which would turn (x · c)² of a single element into x² · c², and c² leaves the range.
+    down, up = jax.lax.optimization_barrier([jnp.asarray(math.ldexp(1.0, sign * shift), dtype) for sign in (-1, 1)])
     large, plain, small = sums(lambda x: [(x * down) ** 2, x**2, (x * up) ** 2], tree)
     is_large = ~jnp.isfinite(plain)
     is_small = plain < math.ldexp(1.0, -jnp.finfo(dtype).maxexp // 2)  # squares may have lost digits to underflow

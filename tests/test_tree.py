@@ -104,3 +104,13 @@ def test_wide_map_computes_in_float32_and_cast_like_goes_back():
     back = _tree.cast_like(total, {"x": a})["x"]
     assert back.dtype == ml_dtypes.bfloat16
     assert back == 1
+
+
+@pytest.mark.parametrize("value", [0.0, 1e-30, 3.0, 1e30, 3e38])
+@pytest.mark.parametrize("shape", [(), (1,), (2,)])
+def test_the_compiled_norm_of_a_single_number_keeps_its_range(shape, value):
+    """The compiler may not multiply the two constants of a square with each other."""
+    x = jnp.full(shape, value, jnp.float32)
+    length = jax.jit(_tree.scaled_norm)({"x": x})
+    found = float(length.length) / float(length.scale)
+    assert found == pytest.approx(value * max(x.size, 1) ** 0.5, rel=1e-6)
