@@ -42,7 +42,7 @@ def check_setup(
 ) -> None:
     """Tries an optimizer out for two steps, and says what is wrong; to be called once, outside of ``jit``.
 
-    It finds a gradient or loss that is not that of ``loss_fn``, a method that was built with another loss (label
+    It finds a gradient or loss that does not belong to ``loss_fn``, a method that was built with another loss (label
     smoothing in one of the two, say), a loss that is not the same twice or is rounded to half precision, a
     transformation before the method that changes the gradient (clipping, weight decay, a mean over steps), a second
     method, an ``optax.MultiSteps`` around it, a policy around a whole chain, a step that fell back on g, a loss whose
@@ -51,11 +51,11 @@ def check_setup(
     There is no axis here: a set-up with ``axis_name`` is checked without it.
 
     Args:
-      tx: what a member of the family returned, a policy around it, or a whole chain.
+      tx: a method, a policy around it, or a whole chain.
       loss_fn: the loss that ``tx`` was built with.
       params: the parameters, as ``init`` got them.
       grads: the gradient as your own step computes it, averaged over devices if it is there; ``None``: not checked,
-        as with ``ascent_only=True``, where it is that of a part of the batch.
+        as with ``ascent_only=True``, where it comes from a part of the batch.
       loss: L(w) as your own step computes it; ``None``: not checked.
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``; ``None``: found out by a call.
       **kwargs: what ``update`` gets by name: batch, rng, model state.
@@ -194,7 +194,7 @@ def _of_gradient(grads: Params, expected: Params, tolerance: float, seen: list[s
     else:
         yield (
             f"grads are not the gradient of loss_fn: the cosine between them is {cosine:.3g}, the ratio of their "
-            f"norms {ratio:.3g}. They may be those of another batch, another key of the dropout, another model state "
+            f"norms {ratio:.3g}. They may belong to another batch, another key of the dropout, another model state "
             f"(it must be that before the pass), of a loss with label smoothing or without, or have weight decay or "
             f"momentum in them. {advice}"
         )

@@ -12,6 +12,9 @@ import optax
 
 STAND_BEFORE = "These transformations do not wrap one but stand before it: optax.chain(sam(loss_fn), optax.sgd(0.1))."
 
+# Characters of a value in an error message.
+_LONGEST = 300
+
 
 def check_number(name: str, value: Any, *, below: float = math.inf) -> None:
     """Checks that a constant is a number in [0, below); tracers pass, their value is not known yet.
@@ -61,17 +64,36 @@ def check_choice(name: str, value: Any, choices: Sequence[str]) -> None:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}; got {value!r}.")
 
 
-def check_whole_number(name: str, value: Any, *, at_least: int) -> None:
-    """Checks that ``value`` is a whole number, Python's or NumPy's, of at least ``at_least``.
+def check_positive(name: str, value: Any) -> None:
+    """Checks that ``value`` is a positive, finite number.
+
+    Raises:
+      TypeError: if it is not a number.
+      ValueError: if it is not positive and finite.
+    """
+    check_number(name, value)
+    if value == 0:
+        raise ValueError(f"{name} must be positive.")
+
+
+def whole_number(name: str, value: Any, *, at_least: int) -> int:
+    """``value`` as an int, if it is a whole number of Python or NumPy.
 
     Raises:
       TypeError: if it is not a whole number.
-      ValueError: if it is too small.
+      ValueError: if it is less than ``at_least``.
     """
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        raise TypeError(f"{name} must be a whole number, got {brief(repr(value))}.")
     if value < at_least:
         raise ValueError(f"{name} must be at least {at_least}, got {value}.")
+    return int(value)
+
+
+def brief(text: Any) -> str:
+    """``str(text)``, cut to a length that fits an error message."""
+    text = str(text)
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}... ({len(text)} characters)"
 
 
 _Constructor = TypeVar("_Constructor", bound=Callable[..., Any])

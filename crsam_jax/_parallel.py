@@ -241,7 +241,7 @@ def _distributed(one: Callable[[Params], Evaluation], points: Sequence[Params], 
             f"probe_axis={axis!r} is no axis of the mesh in context, which has {mesh.axis_names or 'none'}. Under jit "
             "call the step inside `with jax.set_mesh(mesh):` with a mesh that has it."
         )
-    # Manual along this axis alone: along the others the compiler goes on dividing the batch as it does outside.
+    # Manual along this axis alone: along the others the compiler still divides the batch.
     replicated = PartitionSpec()
     evaluate: Any = jax.shard_map(
         lambda points: _evaluations(one, points, axis),

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 
 from crsam_jax import _trees as trees
-from crsam_jax._checks import check_hyperparameter, check_number, check_whole_number, explains_foreign_arguments
+from crsam_jax._checks import check_hyperparameter, check_number, explains_foreign_arguments, whole_number
 from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax._one_sided import sam, sharpness
 from crsam_jax._parallel import Execution
@@ -141,7 +141,7 @@ def multi_step_sam(
       Foret et al., ICLR 2021, appendix C.3 (multiple inner iterations); ``optax.contrib.sam`` with ``sync_period=k+1``.
     """
     check_number("rho", rho)
-    check_whole_number("steps", steps, at_least=1)
+    whole_number("steps", steps, at_least=1)
 
     def apply(grads: Params, state: Any, params: Params, gradient_fn: GradientFn) -> tuple[Params, Any]:
         path = jax.tree.map(jnp.zeros_like, trees.widen(params))

@@ -15,7 +15,7 @@ import optax
 from jax.typing import DTypeLike
 
 from crsam_jax import _trees as trees
-from crsam_jax._checks import check_number, check_seed, check_whole_number
+from crsam_jax._checks import check_number, check_seed, whole_number
 from crsam_jax._trees import Params, kind_of
 
 __all__ = [
@@ -98,8 +98,8 @@ def broadcast_mask(name: str, mask: Mask, params: Any) -> Any:
         if not isinstance(leaf, bool):
             raise TypeError(
                 f"{name} must have True or False at its leaves, found {kind_of(leaf)} at "
-                f"{jax.tree_util.keystr(path) or 'the root'}. It chooses whole leaves; single elements are chosen by "
-                "sparse_ascent."
+                f"{jax.tree_util.keystr(path) or 'the root'}. It chooses whole leaves by True and False; "
+                "sparse_ascent chooses single elements."
             )
     return full
 
@@ -682,8 +682,8 @@ def dynamic_sparse_ascent(
     check_number("sparsity", sparsity, below=1)
     check_number("drop", drop)
     check_number("1 - drop", 1 - drop)
-    check_whole_number("update_every", update_every, at_least=1)
-    check_whole_number("total_steps", total_steps, at_least=1)
+    whole_number("update_every", update_every, at_least=1)
+    whole_number("total_steps", total_steps, at_least=1)
     check_seed(seed)
 
     def init(params: Any) -> SparseState:

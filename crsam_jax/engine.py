@@ -56,7 +56,7 @@ from crsam_jax._parallel import (
     synced,
     varying,
 )
-from crsam_jax._trees import Params, ScaledNorm, check_gradient, check_leaves, check_params
+from crsam_jax._trees import Params, check_gradient, check_leaves, check_params
 from crsam_jax.ascents import GRADIENT_ASCENT, Ascent, Mask, checked_ascent, masked_ascent
 from crsam_jax.diagnostics import AscentOnlyDiagnostics, Diagnostics, OneSidedDiagnostics, TwoSidedDiagnostics
 
@@ -596,7 +596,7 @@ class Method:
         losses = [trees.widen(at.loss) for at in (at_params, *evaluations)]
         gradients = [grads, *(at.grads for at in evaluations)]
         basis = lambda *leaves: rule.basis(losses, *leaves)
-        gram, along, v_norm = _inner_products(basis, gradients, length, direction)
+        gram, along, v_norm = _inner_products(basis, gradients, (scale, factor), direction)
         is_usable = is_usable & (v_norm > 0) & jnp.isfinite(v_norm)
         is_perturbed = is_usable & (rho != 0)
         step = Step(
@@ -631,19 +631,20 @@ class Method:
 
 
 def _inner_products(
-    basis: Basis, gradients: Sequence[Params], length: ScaledNorm, direction: Params | None
+    basis: Basis, gradients: Sequence[Params], units: Sequence[jax.Array], direction: Params | None
 ) -> tuple[list[list[jax.Array]], list[jax.Array], jax.Array]:
     """⟨bᵢ, bⱼ⟩/‖g‖², ⟨v, bᵢ⟩/‖g‖ and ‖v‖ for the vectors b of the basis, in one pass over the leaves.
 
+    ``units`` are factors whose product is 1/‖g‖.
+
     In units of ‖g‖ float32 has the range that is needed: g⁺ may be 10¹⁸ times g.
     """
-    factors = trees.unit_factors(length)
     size = 0
 
     def terms(*leaves: jax.Array) -> list[jax.Array]:
         nonlocal size
         rows = list(basis(*leaves[: len(gradients)]))
-        for unit in factors:
+        for unit in units:
             rows = [row * unit for row in rows]
         size = len(rows)
         pairs = [a * b for a, b in itertools.combinations_with_replacement(rows, 2)]
@@ -653,7 +654,7 @@ def _inner_products(
     table = {pair: next(found) for pair in itertools.combinations_with_replacement(range(size), 2)}
     gram = [[table[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
     if direction is None:
-        return gram, gram[0], jnp.ones((), length.length.dtype)
+        return gram, gram[0], jnp.ones((), gram[0][0].dtype)
     *along, square = found
     return gram, along, trees.safe_sqrt(square)
 

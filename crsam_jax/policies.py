@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from crsam_jax import _trees as trees
-from crsam_jax._checks import check_number, check_whole_number
+from crsam_jax._checks import check_number, whole_number
 from crsam_jax._convolutions import canonical_convolutions
 from crsam_jax._trees import Params
 from crsam_jax.diagnostics import AscentOnlyDiagnostics
@@ -215,7 +215,7 @@ def periodic(tx: optax.GradientTransformation, k: int) -> optax.GradientTransfor
       Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714,
       which calls this SAM-k and improves it by :func:`crsam_jax.look`.
     """
-    check_whole_number("k", k, at_least=1)
+    whole_number("k", k, at_least=1)
 
     def start(params: Params, inner_state: Any) -> PeriodicState:
         del params
@@ -295,9 +295,9 @@ def _first_full_step(start: Any, total_steps: int | None) -> int:
     if total_steps is None:
         if isinstance(start, float):
             raise TypeError(f"start must be a whole number, got {start!r}; a fraction needs total_steps too.")
-        check_whole_number("start", start, at_least=0)
+        whole_number("start", start, at_least=0)
         return int(start)
-    check_whole_number("total_steps", total_steps, at_least=1)
+    whole_number("total_steps", total_steps, at_least=1)
     check_number("start", start)
     check_number("1 - start", 1 - start)
     return round(start * total_steps)
@@ -361,7 +361,7 @@ def look(tx: optax.GradientTransformation, k: int = 10, strength: float = 0.7) -
       Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", CVPR 2022, arXiv 2203.02714,
       algorithm 1, whose gradient and projection are global; known codes take norms per tensor or per element.
     """
-    check_whole_number("k", k, at_least=1)
+    whole_number("k", k, at_least=1)
     check_number("strength", strength)
 
     def start(params: Params, inner_state: Any) -> LookState:

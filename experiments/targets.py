@@ -174,6 +174,18 @@ def memory_of(target: Target, lowered: Any) -> Memory:
     return Memory(used, temporaries, fits=target.memory is None or used <= target.memory)
 
 
+def entry(text: str) -> str:
+    """The entry computation in an optimized program's text; what it calls is inside of kernels.
+
+    Raises:
+      ValueError: if the text is no program's.
+    """
+    found = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
+    if found is None:
+        raise ValueError(f"This is not the text of a compiled program: {text[:80]!r}")
+    return found[0]
+
+
 def count(text: str) -> Counts:
     """Counts in the optimized program's text, ``compiled.as_text()``.
 
@@ -185,12 +197,9 @@ def count(text: str) -> Counts:
       ... }''')
       Counts(launches=1, cycles=120, collectives={'all-reduce': 1})
     """
-    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)  # what it calls is inside of kernels
-    if entry is None:
-        raise ValueError(f"This is not the text of a compiled program: {text[:80]!r}")
     collectives = Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
     return Counts(
-        launches=sum(name in _KERNELS for name in _INSTRUCTION.findall(entry[0])),
+        launches=sum(name in _KERNELS for name in _INSTRUCTION.findall(entry(text))),
         cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
         collectives=dict(sorted(collectives.items())),
     )

@@ -129,3 +129,8 @@ def broken_at(loss_fn: Callable[[Any], jax.Array], is_broken: Callable[[Any], ja
         return loss_fn(params) * jnp.where(is_broken(params), jnp.nan, 1.0)
 
     return broken
+
+
+def matrix_products(compiled: Any) -> int:
+    """How many matrix products a compiled program holds."""
+    return sum(" dot(" in line or "__onednn$matmul" in line for line in compiled.as_text().splitlines())

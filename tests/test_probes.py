@@ -10,6 +10,7 @@ import pytest
 from crsam_jax import Execution, crsam, sam
 from crsam_jax import _parallel as probes
 from tests.problems import MEMBERS, ONE_SIDED, TWO_SIDED, flat, mlp, one_step, polynomial
+from tests.problems import matrix_products as dots
 
 STRATEGIES = ("vmap", "sequential", "ordered", "auto")
 
@@ -32,11 +33,6 @@ def compiled_step(name, evaluation="auto"):
 
 def flops(compiled):
     return compiled.cost_analysis()["flops"]
-
-
-def dots(compiled):
-    """How many matrix products the compiled program holds."""
-    return sum(" dot(" in line or "__onednn$matmul" in line for line in compiled.as_text().splitlines())
 
 
 @pytest.mark.parametrize("evaluation", STRATEGIES)

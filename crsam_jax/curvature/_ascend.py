@@ -6,8 +6,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from crsam_jax import _trees as trees
+from crsam_jax._checks import check_positive, whole_number
 from crsam_jax.curvature import _vectors
-from crsam_jax.curvature._checks import check_positive, whole_number
 
 AscentStep = Callable[[Any, Any, float, float], Any]
 
@@ -16,8 +17,7 @@ AscentStep = Callable[[Any, Any, float, float], Any]
 def ascent_step(offset: Any, gradient: Any, step_size: float, rho: float) -> Any:
     """The offset moved by ``step_size`` along the unit gradient, then projected onto the ball of radius ρ."""
     moved = jax.tree.map(lambda u, v: u + step_size * v, offset, _vectors.unit(gradient))
-    length = _vectors.scaled_norm(moved)
-    norm = jnp.ldexp(length.mantissa, length.exponent)
+    norm = trees.norm(moved)
     shrink = jnp.where(norm > rho, rho / norm, 1)
     return jax.tree.map(lambda u: shrink.astype(u.dtype) * u, moved)
 

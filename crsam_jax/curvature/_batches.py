@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from crsam_jax.curvature._checks import brief, whole_number
+from crsam_jax._checks import brief, whole_number
 from crsam_jax.curvature._fingerprint import fingerprint
 
 Batch = Mapping[str, Any]
@@ -85,7 +85,7 @@ class Passes:
 
         Raises:
           TypeError: if data can be gone through only once, or a batch is not a mapping.
-          ValueError: if there is no batch, or the examples are not those of the first pass.
+          ValueError: if there is no batch, or the examples differ from the first pass.
         """
         weights, digest = 0.0, 0
         is_fixed = isinstance(self._data, (Mapping, Batches))

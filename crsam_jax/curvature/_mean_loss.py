@@ -14,11 +14,11 @@ import jax
 import jax.numpy as jnp
 
 from crsam_jax import _trees as trees
+from crsam_jax._checks import brief
 from crsam_jax._loss import LossBinder, LossFn
 from crsam_jax._trees import check_params
 from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._batches import Data, ExampleCount, Passes
-from crsam_jax.curvature._checks import brief
 from crsam_jax.curvature._vectors import Vector
 from crsam_jax.curvature.composed import Composed
 

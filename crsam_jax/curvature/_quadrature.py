@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from crsam_jax.curvature._checks import check_positive, whole_number
+from crsam_jax._checks import check_positive, whole_number
 from crsam_jax.curvature._lanczos import Krylov
 from crsam_jax.curvature.results import Spectrum
 

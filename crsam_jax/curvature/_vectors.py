@@ -1,12 +1,12 @@
 """Linear algebra on pytrees, leaf by leaf, so that leaves may be sharded over an explicit mesh.
 
-Norms are safe in range: elements are scaled by a power of two before they are squared. What is not finite gives NaN,
-never zero.
+Norms are safe in range. What is not finite gives NaN, never zero.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,41 +22,24 @@ Product = Callable[[Vector], Vector]
 """v -> Av for a symmetric matrix A."""
 
 
-class Scaled(NamedTuple):
-    """A number ``mantissa · 2^exponent``, whose parts are in range."""
-
-    mantissa: jax.Array
-    exponent: jax.Array
-
-    def __float__(self) -> float:
-        return float(np.ldexp(np.float64(self.mantissa), int(self.exponent)))
-
-
 @jax.jit
-def scaled_norm(tree: Any) -> Scaled:
-    """‖x‖ over the whole tree, with a mantissa in [1/2, √n) unless x is zero; NaN if an element is not finite."""
-    leaves = [leaf for leaf in jax.tree.leaves(tree) if jnp.size(leaf)]
-    dtype = trees.wide_dtype(leaves)
-    largest = functools.reduce(
-        jnp.maximum, [jnp.max(jnp.abs(leaf)).astype(dtype) for leaf in leaves], jnp.zeros((), dtype)
-    )
-    _, exponent = jnp.frexp(jnp.where(jnp.isfinite(largest), largest, 1))
-    squares = [jnp.sum(jnp.ldexp(leaf.astype(dtype), -exponent) ** 2) for leaf in leaves]
-    mantissa = jnp.sqrt(sum(squares, jnp.zeros((), dtype)))
-    return Scaled(jnp.where(jnp.isfinite(largest), mantissa, jnp.nan), exponent)
+def _scaled_norm(tree: Any) -> trees.ScaledNorm:
+    return trees.scaled_norm(tree)
 
 
 def norm(tree: Any) -> float:
-    """‖x‖ over the whole tree; NaN if an element is not finite."""
-    return float(scaled_norm(tree))
+    """‖x‖ over the whole tree, in the range of float64; NaN if an element is not finite."""
+    length = _scaled_norm(tree)
+    value = float(length.length) / float(length.scale)
+    return value if math.isfinite(value) else math.nan
 
 
 @jax.jit
 def unit(tree: Any) -> Any:
     """x/‖x‖; zeros where x is zero, NaN if an element is not finite."""
-    length = scaled_norm(tree)
-    divisor = jnp.where(length.mantissa == 0, 1, length.mantissa)
-    return jax.tree.map(lambda leaf: jnp.ldexp(leaf, -length.exponent) / divisor.astype(leaf.dtype), trees.widen(tree))
+    length = trees.scaled_norm(tree)
+    divisor = jnp.where(jnp.isfinite(length.length), jnp.where(length.length == 0, 1, length.length), jnp.nan)
+    return trees.wide_map(lambda leaf: leaf * length.scale.astype(leaf.dtype) / divisor.astype(leaf.dtype), tree)
 
 
 @jax.jit

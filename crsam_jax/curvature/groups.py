@@ -5,8 +5,7 @@ from typing import Any
 
 import jax
 
-from crsam_jax.ascents import Mask
-from crsam_jax.curvature._checks import brief
+from crsam_jax.ascents import Mask, broadcast_mask
 from crsam_jax.curvature._names import names_of
 from crsam_jax.curvature.results import Estimate
 
@@ -21,20 +20,8 @@ def keep_of(mask: Mask | None, params: Any) -> tuple[bool, ...]:
       TypeError: if the mask holds anything but bools.
       ValueError: if it does not fit params, or keeps no leaf.
     """
-    number = len(jax.tree.leaves(params))
-    if mask is None:
-        return (True,) * number
-    leaves = jax.tree.leaves(mask)
-    if callable(mask) and not (leaves and all(isinstance(leaf, bool) for leaf in leaves)):
-        mask = mask(params)
-    try:
-        spread = jax.tree.map(lambda kept, part: [kept] * len(jax.tree.leaves(part)), mask, params)
-    except ValueError as error:
-        raise ValueError(f"mask must be a prefix of params, a pytree of bools: {brief(error)}") from None
-    keep = tuple(jax.tree.leaves(spread))
-    if not all(isinstance(kept, bool) for kept in keep):
-        raise TypeError(f"mask must hold True and False only, got {brief(keep)}.")
-    if not any(keep):
+    keep = tuple(jax.tree.leaves(broadcast_mask("mask", True if mask is None else mask, params)))
+    if mask is not None and not any(keep):
         raise ValueError("mask keeps no leaf of params.")
     return keep
 

@@ -31,7 +31,7 @@ def gradient_norm(
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: from a batch to the number of examples that its loss is the mean of, the weight of the batch in
         the data set. None: the length of the leading axis that the arrays of the argument named ``batch`` share, or
-        those of all arguments if none has that name; :class:`Batches` knows its own.
+        of all arguments if none has that name; :class:`Batches` knows its own.
 
     Returns:
       A float.

@@ -9,13 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from crsam_jax._checks import check_choice
+from crsam_jax._checks import check_choice, check_positive, whole_number
 from crsam_jax._loss import LossFn
 from crsam_jax.ascents import Mask
 from crsam_jax.curvature import _quadrature, _vectors
 from crsam_jax.curvature._ascend import ascend, check_ascent_arguments, shifted
 from crsam_jax.curvature._batches import Data, ExampleCount
-from crsam_jax.curvature._checks import check_positive, whole_number
 from crsam_jax.curvature._estimates import ESTIMATORS, check_precision, estimate, is_precise
 from crsam_jax.curvature._lanczos import lanczos
 from crsam_jax.curvature._mean_loss import Keep, MeanLoss, Progress, like_params, widened_params
@@ -72,7 +71,7 @@ class Objective:
       has_aux: whether ``loss_fn`` returns ``(loss, aux)``.
       example_count: from a batch to the number of examples that its loss is the mean of, the weight of the batch in
         the data set. None: the length of the leading axis that the arrays of the argument named ``batch`` share, or
-        those of all arguments if none has that name; :class:`Batches` knows its own.
+        of all arguments if none has that name; :class:`Batches` knows its own.
 
     Raises:
       TypeError: if ``loss_fn`` or ``params`` has the wrong form, or params is traced.

@@ -29,7 +29,7 @@ class NormalizedTrace(NamedTuple):
 
     Attributes:
       mean: C(w), a float; infinite or NaN where the gradient is zero.
-      standard_error: the standard error of C(w): that of the trace, divided by ‖∇L‖, which is exact.
+      standard_error: the trace's standard error divided by ‖∇L‖, which is exact.
       trace: the trace with its own standard error.
       gradient_norm: ‖∇L(w)‖.
     """

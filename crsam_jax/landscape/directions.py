@@ -10,11 +10,10 @@ import numpy as np
 from jax.tree_util import keystr
 
 from crsam_jax import _trees as trees
-from crsam_jax._checks import check_choice
+from crsam_jax._checks import check_choice, whole_number
 from crsam_jax._loss import LossFn
 from crsam_jax.curvature import _vectors
 from crsam_jax.curvature._batches import Data, ExampleCount
-from crsam_jax.curvature._checks import whole_number
 from crsam_jax.curvature._mean_loss import MeanLoss, like_params, widened_params
 from crsam_jax.curvature._names import nested_order
 from crsam_jax.landscape.filters import Axes, resolved

@@ -6,9 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from crsam_jax._checks import brief, whole_number
 from crsam_jax._loss import LossFn
 from crsam_jax.curvature._batches import Data, ExampleCount, num_batches
-from crsam_jax.curvature._checks import brief, whole_number
 from crsam_jax.curvature._mean_loss import MeanLoss, Progress, binder, like_params, per_loss, widened_params
 
 Array = np.ndarray[Any, np.dtype[np.floating[Any]]]

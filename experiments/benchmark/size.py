@@ -18,37 +18,28 @@ import jax.numpy as jnp
 import optax
 
 import crsam_jax
+from experiments.benchmark.steps import optax_sam
+from experiments.targets import entry
 
 LAYERS, FEATURES = 12, 32
 BASE = optax.sgd(0.1, momentum=0.9)
 _COMPUTES = re.compile(r" (fusion|custom-call|dot|reduce|copy|call|concatenate|transpose|broadcast|conditional)\(")
 
 
-def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> jax.Array:
-    """The mean squared error of the MLP."""
+def loss_fn(params: Any, x: jax.Array, y: jax.Array) -> tuple[jax.Array, None]:
+    """The mean squared error of the MLP, and no aux."""
     for layer in params:
         x = jnp.tanh(x @ layer["kernel"] + layer["bias"])
-    return jnp.mean((x - y) ** 2)
-
-
-def _opaque_sam() -> optax.GradientTransformationExtraArgs:
-    ascent = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
-    sam = optax.contrib.sam(BASE, ascent, opaque_mode=True, reset_state=False)
-
-    def update(grads: Any, state: Any, params: Any = None, *, loss: Any = None, **inputs: Any) -> Any:
-        del loss
-        return sam.update(grads, state, params, grad_fn=lambda w, _: jax.grad(loss_fn)(w, **inputs))
-
-    return optax.GradientTransformationExtraArgs(sam.init, update)
+    return jnp.mean((x - y) ** 2), None
 
 
 SEQUENTIAL = crsam_jax.Execution(strategy="sequential")
 PROGRAMS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "SGD": lambda: BASE,
-    "optax.contrib.sam": _opaque_sam,
-    "sam": lambda: optax.chain(crsam_jax.sam(loss_fn), BASE),
-    "crsam": lambda: optax.chain(crsam_jax.crsam(loss_fn), BASE),
-    "crsam, sequential": lambda: optax.chain(crsam_jax.crsam(loss_fn, execution=SEQUENTIAL), BASE),
+    "optax.contrib.sam": lambda: optax_sam(loss_fn, BASE),
+    "sam": lambda: optax.chain(crsam_jax.sam(loss_fn, has_aux=True), BASE),
+    "crsam": lambda: optax.chain(crsam_jax.crsam(loss_fn, has_aux=True), BASE),
+    "crsam, sequential": lambda: optax.chain(crsam_jax.crsam(loss_fn, has_aux=True, execution=SEQUENTIAL), BASE),
 }
 
 
@@ -60,20 +51,18 @@ def size(make: Callable[[], optax.GradientTransformation]) -> dict[str, int]:
     state = tx.init(params)
 
     def step(params: Any, state: Any, x: jax.Array, y: jax.Array) -> Any:
-        loss, grads = jax.value_and_grad(loss_fn)(params, x, y)
+        (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params, x, y)
         updates, state = tx.update(grads, state, params, loss=loss, x=x, y=y)
         return optax.apply_updates(params, updates), state
 
     entered = _entered(lambda: jax.make_jaxpr(step)(params, state, x, y))
     equations = _equations(jax.make_jaxpr(step)(params, state, x, y).jaxpr)
     text = jax.jit(step).lower(params, state, x, y).compile().as_text() or ""
-    entry = re.search(r"^ENTRY .*?^}", text, re.MULTILINE | re.DOTALL)
-    assert entry is not None
     return {
         "files": len({file for file, _ in entered}),
         "functions": len(entered),
         "equations": equations,
-        "instructions": len(_COMPUTES.findall(entry[0])),
+        "instructions": len(_COMPUTES.findall(entry(text))),
     }
 
 
