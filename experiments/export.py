@@ -4,7 +4,7 @@ from pathlib import Path
 
 import numpy as np
 
-from experiments import tables
+from experiments import files
 from experiments.checkpoints import by_path
 from experiments.configs import Run
 from experiments.program import averaged
@@ -31,6 +31,6 @@ def export(folder: Path, out: Path | None = None, step: int | None = None, avera
     arrays = {path.removesuffix("/value"): np.asarray(leaf) for path, leaf in leaves.items()}  # without nnx's box
     recipe = restored.recipe
     note = {"model": recipe.model, "dataset": recipe.dataset, "method": recipe.method, "step": str(int(state.step))}
-    tables.replace(out, save(arrays, note))
+    files.replace(out, save(arrays, note))
     print(f"{len(arrays)} arrays of {folder}, step {note['step']}, are in {out}.")
     return out

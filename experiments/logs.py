@@ -65,13 +65,13 @@ class Log:
         if not is_writer:
             return
         rows = [row for row in read_epochs(self._path) if row.step <= step] if step else []
-        tables.write(self._path, rows) if rows else tables.replace(self._path, "")
+        tables.write(self._path, rows) if rows else files.replace(self._path, "")
         if self._has_steps:
             from tensorboardX.event_file_writer import EventsWriter  # here: many runs write none, and it takes a while
 
             path = folder / "steps.jsonl"
             lines = [line for line in read_steps(path) if line["step"] <= step] if step else []
-            tables.replace(path, "".join(json.dumps(line) + "\n" for line in lines))
+            files.replace(path, "".join(json.dumps(line) + "\n" for line in lines))
             self._steps, self._events = path.open("a"), EventsWriter(str(folder / "events"))
             # What earlier files have of later steps does not count for TensorBoard.
             self._write_event(step + 1, session_log={"status": 1})  # a start

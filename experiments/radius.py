@@ -13,14 +13,14 @@ from typing import Annotated, Any, NamedTuple
 import tyro
 from scipy import stats
 
-from experiments import recipes, study, tables
+from experiments import files, recipes, study, tables
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
 from experiments.jobs import Result
 from experiments.names import unknown
 from experiments.overrides import find
 from experiments.recipes import CrSam, Recipe
-from experiments.tables import mean_and_deviation
+from experiments.summary import paired
 from experiments.tune import tune
 
 Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")]
@@ -131,17 +131,17 @@ def contrast(task: str, arm: str, against: str, found: Sequence[Sequence[Result]
       >>> contrast("digits", "crsam", "sam", runs)[3:6]
       (3, 3, 2.0)
     """
-    means, pairs = [], 0
-    for rows in found:
-        first, second = ({row.seed: row.test_accuracy for row in rows if row.arm == one} for one in (arm, against))
-        differences = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
-        pairs += len(differences)
-        means.append(mean_and_deviation(differences)[0])
-    mean, deviation = mean_and_deviation(means)
-    error = deviation / math.sqrt(len(means))  # NaN for a single search
-    half = float(stats.t.ppf(0.975, len(means) - 1)) * error if len(means) > 1 else math.nan
-    p = float(2 * stats.t.sf(abs(mean) / error, len(means) - 1)) if error > 0 else math.nan
-    return Contrast(task, arm, against, len(means), pairs, mean, mean - half, mean + half, p)
+    within = [paired(_accuracies(rows, arm), _accuracies(rows, against)) for rows in found]
+    searches = len(within)
+    over = paired({i: one.mean for i, one in enumerate(within)}, dict.fromkeys(range(searches), 0.0))
+    error = over.deviation / math.sqrt(searches)  # NaN for a single search
+    p = float(2 * stats.t.sf(abs(over.mean) / error, searches - 1)) if error > 0 else math.nan
+    pairs = sum(one.pairs for one in within)
+    return Contrast(task, arm, against, searches, pairs, over.mean, over.low, over.high, p)
+
+
+def _accuracies(rows: Sequence[Result], arm: str) -> dict[int, float]:
+    return {row.seed: row.test_accuracy for row in rows if row.arm == arm}
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -171,4 +171,4 @@ def write_contrasts(rows: Sequence[Contrast], folder: Path) -> None:
         lines.append([row.task, row.arm, row.against, f"{row.searches}", f"{row.seeds}", interval, p])
     tables.write(folder / "contrasts.csv", rows)
     titles = ("task", "arm", "against", "searches", "seeds", "difference, points (95 % over searches)", "p, Holm")
-    tables.replace(folder / "contrasts.md", tables.markdown(titles, lines))
+    files.replace(folder / "contrasts.md", tables.markdown(titles, lines))

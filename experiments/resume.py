@@ -7,9 +7,10 @@ from typing import Any
 import jax
 
 from experiments import files, runs, scale
-from experiments.checkpoints import CONFIG, LOGS, Checkpoints, altered, steps_of
+from experiments.checkpoints import CONFIG, LOGS, Checkpoints, altered
 from experiments.logs import EpochRow, read_epochs
 from experiments.program import State
+from experiments.runs import steps_of
 
 
 def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:

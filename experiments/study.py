@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import plots, recipes, tables
+from experiments import files, plots, recipes, tables
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
 from experiments.jobs import Result
@@ -110,7 +110,7 @@ def mechanism(folder: Path) -> Path:
     titles = ("measure", "accuracy, over methods", "over tuned ones", "within a method", "gap, over methods")
     cells = [(label, *(f"{value:+.2f}" for value in values)) for label, *values in map(dict.values, rows)]
     text = tables.markdown(titles, cells)
-    tables.replace(folder / "correlations.md", text)
+    files.replace(folder / "correlations.md", text)
     with (folder / "summary.csv").open() as file:
         summaries = list(csv.DictReader(file))
     labels = {row["arm"]: row["label"] for row in summaries}

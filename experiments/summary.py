@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments import jobs, plots, tables
+from experiments import files, jobs, plots, tables
 from experiments.jobs import Job, Result
 from experiments.logs import EpochRow
 from experiments.tables import mean_and_deviation
@@ -61,7 +61,7 @@ def write_summary(
     tables.write(folder / "summary.csv", summaries)
     table = tables.markdown(*_main_table(results, summaries))
     differences = [_difference_table(rows, reference, labels[reference], detect) for reference, rows in found]
-    tables.replace(folder / "table.md", table + "".join(differences))
+    files.replace(folder / "table.md", table + "".join(differences))
     plots.curves(epochs, folder / "curves.png")
     plots.accuracy_over_time(epochs, folder / "time.png")
     plots.accuracy_over_cost(summaries, folder / "cost.png")

@@ -15,7 +15,6 @@ from typing import Any, TypeVar
 import numpy as np
 
 from experiments import files
-from experiments.files import replace as replace
 
 Row = TypeVar("Row")
 
@@ -38,7 +37,7 @@ def append(path: Path, rows: Sequence[Any]) -> None:
     text = files.read(path).decode() if path.exists() else ""
     whole = text[: text.rfind("\n") + 1]
     if whole != text:
-        replace(path, whole)
+        files.replace(path, whole)
     added = io.StringIO()
     writer = csv.writer(added, lineterminator="\n")
     if rows and not whole:
@@ -54,7 +53,7 @@ def write(path: Path, rows: Sequence[Any]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(key for row in dicts for key in row)), lineterminator="\n")
     writer.writeheader()
     writer.writerows(dicts)
-    replace(path, text.getvalue())
+    files.replace(path, text.getvalue())
 
 
 def markdown(titles: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -53,8 +53,7 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
             ]
             for arm, tried in points.items()
         }
-        # Trial by trial over all arms, so that an interruption leaves searches of one size.
-        todo = [job for trial in zip(*found.values(), strict=True) for group in trial for job in group]
+        todo = _in_turn(found)
         short = dataclasses.replace(run, evaluate_every=max(job.recipe.epochs for job in todo), probe_examples=0)
         jobs.carry_out(name, todo, short, config.processes)
         return found
@@ -77,15 +76,17 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
         settings = ", ".join(f"{key} = {winner[key]:g}" for key in space)
         print(f"{arm}: {winner['accuracy']:.2f} % with {settings}")
     tables.write(folder / "trials.csv", [row for found in rows.values() for row in found])
-    trained = [
-        job for found in rounds for trial in zip(*found.values(), strict=True) for group in trial for job in group
-    ]
-    tables.write(folder / "runs.csv", [jobs.read_result(job) for job in trained])
+    tables.write(folder / "runs.csv", [jobs.read_result(job) for found in rounds for job in _in_turn(found)])
     plots.trials(rows, list(dict.fromkeys(key for space in spaces.values() for key in space)), folder / "trials.png")
     tuned = dataclasses.replace(common, per_method=common.per_method | best)
     runs.save_json(dataclasses.asdict(tuned), folder / f"{name}-tuned.json")
     print(f"Trials and the best are in {folder}: trials.csv, runs.csv, trials.png, {name}-tuned.json.")
     return folder
+
+
+def _in_turn(searches: Mapping[str, Sequence[Sequence[Job]]]) -> list[Job]:
+    """All jobs, trial by trial over all arms, so that an interruption leaves searches of one size."""
+    return [job for trial in zip(*searches.values(), strict=True) for group in trial for job in group]
 
 
 def _first_points(spaces: Mapping[str, Space], config: Tune) -> dict[str, list[Point]]:

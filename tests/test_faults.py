@@ -21,11 +21,12 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import recipes
-from experiments.checkpoints import altered, steps_of
+from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.program import State
 from experiments.restore import restore
+from experiments.runs import steps_of
 from experiments.train import train
 
 RECIPE = dataclasses.replace(

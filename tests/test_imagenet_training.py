@@ -13,12 +13,12 @@ pytest.importorskip("grain", reason="the experiments need pip install crsam_jax[
 import jax
 
 from experiments import recipes
-from experiments.checkpoints import steps_of
 from experiments.configs import Run
 from experiments.data import imagenet
 from experiments.evaluate import evaluate_run
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.restore import restore
+from experiments.runs import steps_of
 from experiments.train import train
 from tests.prepared import prepare
 

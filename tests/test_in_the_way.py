@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import checksums, files, runs, tables
-from experiments.checkpoints import Checkpoints, altered, steps_of
+from experiments.checkpoints import Checkpoints, altered
 from experiments.resume import clear_way
+from experiments.runs import steps_of
 from tests.test_checkpoints import assert_is, contents, resumed, run, state_of
 
 __all__ = ["run"]  # the fixture

@@ -13,10 +13,11 @@ pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import conditions, interruptions, recipes, scale
-from experiments.checkpoints import Checkpoints, steps_of
+from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.logs import read_epochs
 from experiments.restore import restore
+from experiments.runs import steps_of
 from experiments.train import train
 from tests.test_checkpoints import assert_is, contents, resumed, run, state_of
 

@@ -17,10 +17,9 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.checkpoints import steps_of
 from experiments.configs import Run
 from experiments.restore import restore
-from experiments.runs import locked
+from experiments.runs import locked, steps_of
 
 ROOT = Path(__file__).parents[1]
 LONG, SHORT = "100000", "3"

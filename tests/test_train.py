@@ -19,12 +19,12 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments import recipes
-from experiments.checkpoints import steps_of
 from experiments.configs import Run
 from experiments.evaluate import evaluate_run
 from experiments.export import export
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.restore import restore
+from experiments.runs import steps_of
 from experiments.train import train
 
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import numpy as np
 import optax
 
 import crsam_jax as cj
-from experiments import configs, tables
+from experiments import configs, files, tables
 from experiments.benchmark import networks, steps
 from experiments.benchmark.networks import Problem
 
@@ -136,7 +136,7 @@ def write_page(page: Path, text: str) -> None:
     _, end, after = rest.partition(_END)
     if not begin or not end:
         raise ValueError(f"{page} has no place for the table: {_BEGIN} and {_END}, each on a line of its own.")
-    tables.replace(page, f"{before}{_BEGIN}\n\n{text}\n{_END}{after}")
+    files.replace(page, f"{before}{_BEGIN}\n\n{text}\n{_END}{after}")
 
 
 def _timed(kind: str, network: str, name: str, problem: Problem, sgd: _Program, rounds: int) -> Row:
