@@ -203,7 +203,7 @@ def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
                 axis.plot(best[name], best["accuracy"], "o", color=style.COLORS[3], markersize=5, zorder=3)
                 axis.set(xscale="log", xlabel=name)
                 axis.tick_params(labelbottom=True)  # the last row of a column may be empty
-                style.plain_log_ticks(axis.xaxis, (1, 3) if max(x) < 100 * min(x) else (1,))
+                style.plain_log_ticks(axis.xaxis, (1, 3) if max(x) < 30 * min(x) else (1,))
             row[0].set_ylabel(f"{arm}\naccuracy, %")
         note = (
             "A point per trial on the held-out data; bars: ± one standard deviation over its seeds; orange: the best."
