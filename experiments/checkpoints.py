@@ -53,9 +53,9 @@ class Checkpoints:
             return
         partial = self.folder / f"{step}.partial"
         if jax.process_index() == 0:
-            self._check_space(state)
             files.clear(self.path(step), is_folder=True)
-            partial.mkdir(parents=True)
+            partial.mkdir(parents=True)  # before anything can fail: it tells that this one was never whole
+            self._check_space(state)
         self._arrays.save(partial / "arrays", by_path(state))
         copies = {name: files.read(self.run / name) for name in (CONFIG, *LOGS) if (self.run / name).exists()}
         copies["position.json"] = json.dumps(position).encode()

@@ -64,8 +64,12 @@ def _set_aside(folder: Path) -> Path:
 
 
 def check_not_lost(folder: Path) -> None:
-    """Raises FileExistsError if a folder holds the metrics of a complete run, but no checkpoint to go on from."""
-    if steps_of(folder) or not (folder / CONFIG).exists():
+    """Raises FileExistsError if a folder holds the metrics of a complete run, but its checkpoints are gone.
+
+    Where the first of them could not be written, as on a full disk, nothing is gone: such a run begins anew.
+    """
+    is_cut_off = any((folder / "checkpoints").glob("*.partial"))
+    if steps_of(folder) or is_cut_off or not (folder / CONFIG).exists():
         return
     rows, epochs = _rows(folder), runs.read_json(folder / CONFIG).get("epochs")
     if rows and isinstance(epochs, int) and rows[-1].epoch >= epochs:

@@ -100,7 +100,7 @@ def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(command
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [1_500, 6_000])
 def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_later(largest, tmp_path, cache_folder):
-    """Files cannot grow beyond a size, as if the disk were full, at a log or at a checkpoint."""
+    """Files cannot grow beyond a size, as if the disk were full: the only checkpoint of a complete run is not written."""
     arguments = ("train", "digits-convnet", *ONE, "--log-steps", "1", "--out", tmp_path / "run")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     process = start(arguments, cache_folder, preexec_fn=limit)
@@ -110,8 +110,11 @@ def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_later(largest
     assert "File too large" in line
     assert str(tmp_path / "run") in line
     process = start(arguments, cache_folder)
-    assert process.communicate()[1] == ""
+    output, error = process.communicate()
     assert process.returncode == 0
+    assert "from step 0" in output
+    [line] = error.splitlines()
+    assert "metrics of 1 epochs but no checkpoint: it begins anew" in line
 
 
 # Data
