@@ -145,10 +145,11 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
 
 def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
     """Carries out jobs in several processes. At a signal each of them saves its run, and here it is raised."""
-    with _pool(processes) as pool:
+    with _pool(min(processes, len(jobs))) as pool:
         try:
             with held_back():  # also in the processes that start here, until they train
                 futures = [pool.submit(_work, name, job, run) for job in jobs]
+                pool.submit(int)  # A pool notices the end of those processes alone that ran before a submission.
             with raised():
                 for future in as_completed(futures):
                     show(future.result())

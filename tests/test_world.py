@@ -290,4 +290,5 @@ def test_a_process_that_is_killed_is_one_line(tmp_path, cache_folder):
     assert process.returncode == 1
     [line] = error.splitlines()
     assert line.startswith("error: a process that trained was killed, perhaps for want of memory.")
+    assert all(len(path.read_text().splitlines()) < 2000 for path in tmp_path.glob("*/metrics.csv"))
     wait_until_gone(children)
