@@ -100,7 +100,7 @@ def test_an_export_that_cannot_be_written_is_one_line_and_leaves_nothing(command
 @pytest.mark.slow
 @pytest.mark.parametrize("largest", [1_500, 6_000])
 def test_a_disk_that_takes_no_more_is_one_line_and_the_run_goes_on_later(largest, tmp_path, cache_folder):
-    """Files cannot grow beyond a size, as if the disk were full: the only checkpoint of a complete run is not written."""
+    """Files cannot grow beyond a size, as on a full disk: the only checkpoint of a complete run is not written."""
     arguments = ("train", "digits-convnet", *ONE, "--log-steps", "1", "--out", tmp_path / "run")
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (largest, largest))
     process = start(arguments, cache_folder, preexec_fn=limit)
