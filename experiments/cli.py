@@ -7,12 +7,12 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
 
-from experiments import arms, configs, home, recipes, tables
+from experiments import arms, configs, home, recipes, sources, tables
 from experiments.overrides import find, parse, read
 from experiments.quiet import quiet_libraries
 from experiments.ranges import flat
@@ -42,7 +42,8 @@ def train(
     """Train one network. After an interruption the same command goes on where the run was.
 
     Args:
-        name: The recipe, or a file: `list` shows all, `tune` writes files, a run's config.json is one.
+        name: The recipe (`list` shows all), a JSON file with one (`tune` writes them, a run's config.json is one),
+            FILE.py:RECIPE, or own data: a folder of images, an .npz file or tfds:NAME.
         recipe: What to train; the defaults are the recipe's own.
         overrides: Changes to it.
         run: How.
@@ -51,7 +52,7 @@ def train(
 
     changes, base = _changes(recipe, overrides), find(name)
     method, seed = changes.get("method", base.method), changes.get("seed", base.seed)
-    train(_title(name), arms.resolve(base, method, changes, seed), run)
+    train(sources.title(name), arms.resolve(base, method, changes, seed), run)
 
 
 def compare(
@@ -71,8 +72,8 @@ def compare(
 
     changes = _changes(recipe, overrides, without=("method", "seed"))
     for name in names:
-        out = run.out / _title(name) if run.out and len(names) > 1 else run.out
-        compare(_title(name), find(name), config, changes, dataclasses.replace(run, out=out))
+        out = run.out / sources.title(name) if run.out and len(names) > 1 else run.out
+        compare(sources.title(name), find(name), config, changes, dataclasses.replace(run, out=out))
 
 
 def tune(
@@ -90,7 +91,7 @@ def tune(
     """
     from experiments.tune import tune
 
-    tune(_title(name), find(name), config, _changes(recipe, overrides, without=("method", "seed")), run)
+    tune(sources.title(name), find(name), config, _changes(recipe, overrides, without=("method", "seed")), run)
 
 
 def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | None = None) -> None:
@@ -104,7 +105,7 @@ def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | Non
     """
     from experiments.sensitivity import sensitivity
 
-    title = _title(name)
+    title = sources.title(name)
     run = dataclasses.replace(_ONCE, out=out or Path("results") / title / "sensitivity")
     sensitivity(title, find(name), seeds, processes, run)
 
@@ -122,21 +123,21 @@ def list_recipes() -> None:
 
 
 def contact_sheet(
-    dataset: Literal["cifar10", "cifar100", "fashion_mnist"], out: Path = Path("contact-sheet.png"),
+    dataset: str, out: Path = Path("contact-sheet.png"),
     data_dir: Path | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Draw training images, and what each augmentation makes of them.
 
     Args:
-        dataset: The data set whose images are drawn.
+        dataset: The data set whose images are drawn, as in a recipe.
         out: The picture to write.
         data_dir: Folder of the data sets that TFDS prepared.
         seed: The seed of the random choices.
     """
     from experiments.augment.contact_sheet import draw_contact_sheet
-    from experiments.data import vision
+    from experiments.data import catalog
 
-    draw_contact_sheet(out, vision.load(dataset, data_dir), seed=seed)
+    draw_contact_sheet(out, catalog.load(dataset, data_dir), seed=seed)
     print(f"Drawn: {out}")
 
 
@@ -174,11 +175,6 @@ def _in_words(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
-
-
-def _title(name: str) -> str:
-    """What a recipe, or a file with one, is called in folders."""
-    return Path(name).stem if name.endswith(".json") else name
 
 
 def _changes(recipe: recipes.Recipe, overrides: configs.Overrides, without: tuple[str, ...] = ()) -> dict[str, Any]:

@@ -6,9 +6,8 @@ Source: Optical Recognition of Handwritten Digits, UCI Machine Learning Reposito
 import numpy as np
 from sklearn.datasets import load_digits
 
-from experiments.data.dataset import Dataset, Split
+from experiments.data.dataset import Dataset, Split, channel_moments
 from experiments.data.subset import divide
-from experiments.data.vision import channel_moments
 
 TRAINING_EXAMPLES_PER_CLASS = 100
 
