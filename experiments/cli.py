@@ -1,8 +1,9 @@
 """The command line: a function a subcommand, whose parameters are its options and whose docstring is its help."""
 
+import ast
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import signal
 import sys
@@ -145,7 +146,7 @@ def main() -> int:
     """Runs one subcommand; an error that the user can mend is one line, not a traceback."""
     command, *arguments = sys.argv[1:] or [""]
     try:
-        functions = {name: _function(name) for name in ([command] if command in COMMANDS else COMMANDS)}
+        functions = {command: _function(command)} if command in COMMANDS else {name: _stub(name) for name in COMMANDS}
         if command in _WITH_RECIPE:
             # A command line names its recipe first, whose values become the options' defaults.
             recipe = find(arguments[0] if arguments and not arguments[0].startswith("-") else "digits")
@@ -153,7 +154,7 @@ def main() -> int:
         _keep_compiled_programs()
         quiet_libraries()
         tyro.extras.subcommand_cli_from_dict(
-            functions, prog="python -m experiments", description="Experiments around crsam_jax.",
+            functions, prog=_program(), description="Experiments around crsam_jax.",
             config=(tyro.conf.PositionalRequiredArgs,),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -168,6 +169,28 @@ def main() -> int:
 def _function(command: str) -> Any:
     module, _, name = COMMANDS[command].partition(":")
     return getattr(importlib.import_module(f"experiments.{module}"), name)
+
+
+def _stub(command: str) -> Any:
+    """A function with the help of a command, read from its source: to import all of them takes seconds."""
+    module, _, name = COMMANDS[command].partition(":")
+    spec = importlib.util.find_spec(f"experiments.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    [found] = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+    def stub() -> None:
+        """Never called: a command that is named is imported."""
+
+    stub.__doc__ = ast.get_docstring(found)
+    return stub
+
+
+def _program() -> str:
+    """How the command was started, for its help."""
+    started = Path(sys.argv[0]).name
+    return started if started == "crsam-experiments" else "python -m experiments"
 
 
 def _in_words(error: Exception) -> str:
