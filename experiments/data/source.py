@@ -13,8 +13,6 @@ from experiments.sources import there_is_a_path
 
 T = TypeVar("T")
 
-PROJECT_ROOT = Path(__file__).parents[2]
-
 # What has to be downloaded by hand before TFDS can prepare it.
 _BY_HAND = {
     "imagenet2012": "ILSVRC2012_img_train.tar and ILSVRC2012_img_val.tar (image-net.org, login required)",
@@ -22,14 +20,11 @@ _BY_HAND = {
 
 
 def find_data_dir(data_dir: str | Path | None = None) -> Path:
-    """The folder of prepared data sets: the argument, else $TFDS_DATA_DIR, ../shared/tfds, ~/tensorflow_datasets."""
+    """The folder of prepared data sets: the argument, else $TFDS_DATA_DIR, ~/tensorflow_datasets."""
     if data_dir is not None:
         return Path(data_dir).expanduser()
     if "TFDS_DATA_DIR" in os.environ:
         return Path(os.environ["TFDS_DATA_DIR"]).expanduser()
-    beside = PROJECT_ROOT.parent / "shared" / "tfds"
-    if beside.is_dir():
-        return beside
     if (own := home.folder()) is None:
         raise FileNotFoundError("There is no home folder to look for data in: set TFDS_DATA_DIR, or use --data-dir.")
     return own / "tensorflow_datasets"
