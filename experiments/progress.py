@@ -105,7 +105,8 @@ class _Lines:
         self._total, self._unit, self.completed = total, unit, completed
         self._told = self._start = time.monotonic()
         self._first: int | None = None
-        print(f"{text} ...", file=sys.stderr, flush=True)
+        if unit != "steps":  # of which training itself says when it compiles
+            print(f"{text} ...", file=sys.stderr, flush=True)
 
     def update(self, completed: int, parts: tuple[str, ...], is_due: bool) -> None:
         now, self.completed = time.monotonic(), completed

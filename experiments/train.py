@@ -64,6 +64,8 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
         inputs = open_inputs(recipe, mesh, run)
         if note := note_of(recipe, run.data_dir):
             console.print(note)
+        if not console.is_terminal and not console.quiet:
+            print("compiling ...", file=sys.stderr, flush=True)
         program = make_program(recipe, inputs.signature, mesh)
         scale.wait_for_all("checked")
         if is_first:

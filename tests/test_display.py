@@ -79,7 +79,6 @@ def test_without_a_terminal_stderr_says_how_far_it_is(monkeypatch, capsys):
         bar.update(19, "epoch 2/4")
         bar.update(40, "epoch 4/4", is_due=True)
     assert capsys.readouterr().err.splitlines() == [
-        "compiling ...",
         "epoch 1/4  10/40 steps  0:00:13 left",
         "epoch 2/4  19/40 steps  0:01:24 left",
         "epoch 4/4  40/40 steps  0:00:00 left",
