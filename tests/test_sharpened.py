@@ -253,3 +253,18 @@ def test_inside_pmap_each_device_has_its_own_perturbation():
     found = jax.pmap(step, axis_name="devices", in_axes=(None, 0))(w, x)
     expected = jnp.mean(jnp.stack([jax.grad(sharp)(w, part) for part in x]), axis=0)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+def test_a_method_is_applied_once():
+    loss_fn = lambda w: jnp.sum(w**2)
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, rho=0.1)
+    wrapped = functools.wraps(sharp)(lambda w: sharp(w))
+    for loss in (sharp, jax.jit(sharp), wrapped):
+        with pytest.raises(TypeError, match="sharpened loss: its gradient is a method's already"):
+            crsam_jax.sharpened(loss, crsam_jax.crsam, rho=0.1)
+        with pytest.raises(TypeError, match="Give the original loss"):
+            crsam_jax.sam(loss, rho=0.1)
+        with pytest.raises(TypeError, match="Give the original loss"):
+            stage = crsam_jax.sam(rho=0.1)
+            w = jnp.ones(3)
+            stage.update(w, stage.init(w), w, value_fn=loss)
