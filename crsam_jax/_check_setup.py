@@ -232,8 +232,10 @@ def _of_step(
     update, has_policy = optax.with_extra_args_support(tx).update, _has_policy(before)
     # Only a policy takes ``full_step``; for all others it would be an unknown argument.
     choice = {"full_step": True} if has_policy else {}
+    if jax.tree.leaves(members[0].ascent):  # the first step of some ascents has no direction yet
+        _, before = update(elsewhere.grads, before, elsewhere.params, **kwargs, **choice)
     updates, after = update(here.grads, before, here.params, **kwargs, **choice)
-    wrong = list(_of_member(_members(after)[0], here, tolerance))
+    wrong = list(_of_member(_members(before)[0], _members(after)[0], here, tolerance))
     if not wrong:
         _, later = update(elsewhere.grads, after, elsewhere.params, **kwargs, **choice)
         wrong = list(_of_second_step(_members(later)[0], here, elsewhere, tolerance))
@@ -264,10 +266,14 @@ def _of_step(
         )
 
 
-def _of_member(member: SharpnessAwareState, here: _Point, tolerance: float) -> Iterator[str]:
+def _of_member(
+    before: SharpnessAwareState, member: SharpnessAwareState, here: _Point, tolerance: float
+) -> Iterator[str]:
+    """What is wrong in a step, from the method's state before and after it."""
+    earlier: Any = before.diagnostics
     seen: Any = member.diagnostics
     grad_norm = trees.norm(here.grads)
-    if member.step_count == 0:
+    if member.step_count == before.step_count:
         yield "The method was not called in a step: a transformation around it skips steps or holds them back."
         return
     is_whole = not isinstance(seen, AscentOnlyDiagnostics)
@@ -279,13 +285,13 @@ def _of_member(member: SharpnessAwareState, here: _Point, tolerance: float) -> I
             "reaches the method: a transformation before it (clipping, weight decay, an optimizer) changes it. "
             "Put the method first."
         )
-    elif is_whole and seen.mismatched_steps:
+    elif is_whole and seen.mismatched_steps > earlier.mismatched_steps:
         yield (
             "The gradient that reaches the method does not fit the losses that it sees: a transformation before it "
             "turns the gradient, or loss_fn has a derivative of its own making (custom_vjp, stop_gradient), or rho is "
             "so large that the loss is far from smooth over it."
         )
-    if seen.guarded_steps:
+    if seen.guarded_steps > earlier.guarded_steps:
         yield (
             "The step fell back: the gradient is zero or not finite, or a mask leaves nothing to perturb, or a loss or "
             "gradient at distance rho is not finite, or the penalty's logarithm is not defined there."
