@@ -116,15 +116,12 @@ def packed(layout, first, bias, second):
 
 def unpacked(layout, params):
     leaves = jax.tree.leaves(params)
-    if layout == "with None":
+    if layout == "one":
+        return leaves[0][:20].reshape(4, 5), leaves[0][20:25], leaves[0][25:].reshape(5, 3)
+    if layout in ("dict", "with None"):  # in the order of the keys
         bias, first, second = leaves
-    elif layout == "dict":
-        bias, first, second = leaves
-    elif layout == "one":
-        first, bias, second = leaves[0][:20].reshape(4, 5), leaves[0][20:25], leaves[0][25:].reshape(5, 3)
-    else:
-        first, bias, second = leaves
-    return first, bias, second
+        return first, bias, second
+    return leaves
 
 
 def network(layout, params, x):

@@ -264,7 +264,6 @@ def test_a_method_is_applied_once():
             crsam_jax.sharpened(loss, crsam_jax.crsam, rho=0.1)
         with pytest.raises(TypeError, match="Give the original loss"):
             crsam_jax.sam(loss, rho=0.1)
+        stage, w = crsam_jax.sam(rho=0.1), jnp.ones(3)
         with pytest.raises(TypeError, match="Give the original loss"):
-            stage = crsam_jax.sam(rho=0.1)
-            w = jnp.ones(3)
             stage.update(w, stage.init(w), w, value_fn=loss)
