@@ -287,14 +287,14 @@ def test_a_mistake_is_named(set_up, mistake):
 
 
 @pytest.mark.slow
-@settings(max_examples=60, phases=phases)
+@settings(max_examples=30, phases=phases)
 @given(set_ups)
 def test_many_right_set_ups_are_right(set_up):
     with_dtype(set_up, is_right)
 
 
 @pytest.mark.slow
-@settings(max_examples=100, phases=phases)
+@settings(max_examples=60, phases=phases)
 @given(set_ups, st.sampled_from(list(MISTAKES)))
 def test_many_mistakes_are_named(set_up, mistake):
     with_dtype(set_up, is_named, mistake)
