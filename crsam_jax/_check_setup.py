@@ -204,7 +204,7 @@ def _of_step(
     tx: Any, here: _Point, elsewhere: _Point, tolerance: float, kwargs: dict[str, Any], seen: list[str]
 ) -> Iterator[str]:
     before = tx.init(here.params)
-    members = _members(before)
+    methods = _methods(before)
     if _nodes(before, OneEvaluationState):
         if _is_chain(before) and not isinstance(jax.tree.leaves(before, is_leaf=_is_shifted)[-1], OneEvaluationState):
             yield (
@@ -214,29 +214,31 @@ def _of_step(
         else:
             seen.append("nothing stands behind msam or s2sam")
         return
-    if not members:
+    if not methods:
         yield "tx holds no sharpness-aware method: its state has no SharpnessAwareState."
         return
-    if len(members) > 1:
+    if len(methods) > 1:
         yield (
-            f"tx holds {len(members)} sharpness-aware methods, one behind the other: all but the first would take a "
+            f"tx holds {len(methods)} sharpness-aware methods, one behind the other: all but the first would take a "
             "method's result for the gradient of the loss. Keep one of them."
         )
         return
-    if any(_members(node.inner_opt_state) for node in _nodes(before, optax.MultiStepsState)):
+    if any(_methods(node.inner_opt_state) for node in _nodes(before, optax.MultiStepsState)):
         yield (
-            "optax.MultiSteps stands around the method: its mean gradient would meet the probes of the last part "
-            "alone. Write optax.chain(method, optax.MultiSteps(base, k).gradient_transformation())."
+            "optax.MultiSteps stands around the method: its mean gradient would meet the perturbed points of the last "
+            "part alone. Write optax.chain(method, optax.MultiSteps(base, k).gradient_transformation())."
         )
         return
     update, has_policy = optax.with_extra_args_support(tx).update, _has_policy(before)
     # Only a policy takes ``full_step``; for all others it would be an unknown argument.
     choice = {"full_step": True} if has_policy else {}
+    if jax.tree.leaves(methods[0].ascent):  # the first step of some ascents has no direction yet
+        _, before = update(elsewhere.grads, before, elsewhere.params, **kwargs, **choice)
     updates, after = update(here.grads, before, here.params, **kwargs, **choice)
-    wrong = list(_of_member(_members(after)[0], here, tolerance))
+    wrong = list(_of_first_step(_methods(before)[0], _methods(after)[0], here, tolerance))
     if not wrong:
         _, later = update(elsewhere.grads, after, elsewhere.params, **kwargs, **choice)
-        wrong = list(_of_second_step(_members(later)[0], here, elsewhere, tolerance))
+        wrong = list(_of_second_step(_methods(later)[0], here, elsewhere, tolerance))
     yield from wrong
     if not wrong:
         seen.append(
@@ -264,10 +266,14 @@ def _of_step(
         )
 
 
-def _of_member(member: SharpnessAwareState, here: _Point, tolerance: float) -> Iterator[str]:
-    seen: Any = member.diagnostics
+def _of_first_step(
+    before: SharpnessAwareState, method: SharpnessAwareState, here: _Point, tolerance: float
+) -> Iterator[str]:
+    """What is wrong in a step, from the method's state before and after it."""
+    earlier: Any = before.diagnostics
+    seen: Any = method.diagnostics
     grad_norm = trees.norm(here.grads)
-    if member.step_count == 0:
+    if method.step_count == before.step_count:
         yield "The method was not called in a step: a transformation around it skips steps or holds them back."
         return
     is_whole = not isinstance(seen, AscentOnlyDiagnostics)
@@ -279,22 +285,22 @@ def _of_member(member: SharpnessAwareState, here: _Point, tolerance: float) -> I
             "reaches the method: a transformation before it (clipping, weight decay, an optimizer) changes it. "
             "Put the method first."
         )
-    elif is_whole and seen.mismatched_steps:
+    elif is_whole and seen.mismatched_steps > earlier.mismatched_steps:
         yield (
             "The gradient that reaches the method does not fit the losses that it sees: a transformation before it "
             "turns the gradient, or loss_fn has a derivative of its own making (custom_vjp, stop_gradient), or rho is "
             "so large that the loss is far from smooth over it."
         )
-    if seen.guarded_steps:
+    if seen.guarded_steps > earlier.guarded_steps:
         yield (
             "The step fell back: the gradient is zero or not finite, or a mask leaves nothing to perturb, or a loss or "
             "gradient at distance rho is not finite, or the penalty's logarithm is not defined there."
         )
 
 
-def _of_second_step(member: SharpnessAwareState, here: _Point, elsewhere: _Point, tolerance: float) -> Iterator[str]:
+def _of_second_step(method: SharpnessAwareState, here: _Point, elsewhere: _Point, tolerance: float) -> Iterator[str]:
     """What one step at an initialization cannot show."""
-    seen: Any = member.diagnostics
+    seen: Any = method.diagnostics
     grad_norm = trees.norm(elsewhere.grads)
     if not (jnp.isfinite(elsewhere.loss) and jnp.isfinite(grad_norm)):
         return
@@ -337,7 +343,7 @@ def _nodes(state: Any, kind: Any) -> list[Any]:
     return [node for node in jax.tree.leaves(state, is_leaf=is_one) if is_one(node)]
 
 
-def _members(state: Any) -> list[Any]:
+def _methods(state: Any) -> list[Any]:
     return _nodes(state, SharpnessAwareState)
 
 
@@ -355,5 +361,5 @@ def _has_policy(state: Any) -> bool:
 
 
 def _is_chain(state: Any) -> bool:
-    """Whether it is the state of an optax chain: a member alone, or a wrapper of it, returns a gradient."""
+    """Whether it is the state of an optax chain: a method alone, or a wrapper of it, returns a gradient."""
     return type(state) in (tuple, dict)

@@ -57,7 +57,7 @@ def canonical_convolutions(fn: _Function) -> _Function:
 
 
 def _rewritten(value: Any) -> Any:
-    """A program with its convolutions replaced, those of the programs in its equations' parameters too."""
+    """A program with its convolutions replaced, also in programs that its equations hold."""
     if isinstance(value, core.Jaxpr):  # asked first: from jax 0.12 on a ClosedJaxpr is a Jaxpr, with itself as .jaxpr
         return value.replace(eqns=[_rewritten_equation(equation) for equation in value.eqns])
     if isinstance(value, core.ClosedJaxpr):

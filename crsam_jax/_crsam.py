@@ -108,7 +108,7 @@ def crsam(
       g^+ + \alpha \frac{g^+ + g^- - 2g}{\delta + S} + \beta \frac{g^+ - g^-}{\delta + D},
 
     the gradient of :math:`L(w+\rho v) + \alpha \log(\delta + S) + \beta \log(\delta + D)` with v held
-    constant. It stands first in a chain and is fed with the gradient of ``loss_fn`` at the same params and
+    constant. It comes first in a chain and is fed with the gradient of ``loss_fn`` at the same params and
     with the same arguments as ``update`` gets; clipping, weight decay and momentum follow it. A step costs the
     caller's gradient and two more, at w + ρv and w − ρv, which are independent of each other.
 

@@ -23,6 +23,9 @@ _CLOSE = 0.75
 # The loss of params alone, given at ``update``: optax's own name, and Levanter's.
 _CLOSURES = ("value_fn", "obj_fn")
 
+# The attribute that marks a sharpened loss; functools.wraps passes it on.
+_MARK = "_crsam_jax_is_sharpened"
+
 _UPDATE_PARAMETERS = frozenset({"updates", "state", "params", "loss"})
 
 _POSITIONAL_KINDS = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
@@ -58,6 +61,7 @@ class LossBinder:
             return
         if not callable(loss_fn):
             raise TypeError(_not_callable_message(loss_fn))
+        refuse_sharpened(loss_fn)
         self._required, self._optional, self._takes_all = _keyword_parameters(loss_fn)
         taken = [name for name in self._required if name in _UPDATE_PARAMETERS]
         if "params" in taken:
@@ -218,6 +222,24 @@ def _hints(loss_fn: LossFn, params: Any, error: Exception) -> Iterator[str]:
     for parameter in others:
         if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
             yield f"loss_fn takes *{parameter.name}, which gets nothing: all arguments are passed by name."
+
+
+def mark_sharpened(loss_fn: Any) -> None:
+    """Marks a loss whose gradient is a method's already."""
+    setattr(loss_fn, _MARK, True)
+
+
+def refuse_sharpened(loss_fn: Any) -> None:
+    """Raises if a method would be applied to the gradient of a method.
+
+    Raises:
+      TypeError: saying where the method belongs.
+    """
+    if getattr(loss_fn, _MARK, False):
+        raise TypeError(
+            "loss_fn is a sharpened loss: its gradient is a method's already. Give the original loss, and use the "
+            "method once, either as crsam_jax.sharpened(loss_fn, ...) or as a stage of the optimizer."
+        )
 
 
 def _not_callable_message(loss_fn: Any) -> str:

@@ -11,6 +11,7 @@ import optax
 
 from crsam_jax import _trees as trees
 from crsam_jax._crsam import crsam
+from crsam_jax._loss import mark_sharpened, refuse_sharpened
 from crsam_jax.diagnostics import RandomProbesDiagnostics
 from crsam_jax.engine import SharpnessAwareState
 
@@ -50,7 +51,8 @@ def sharpened(
       A function with the arguments, the value and the aux of ``loss_fn``.
 
     Raises:
-      TypeError: if an argument is wrong; if a setting is a schedule; if the function is differentiated twice.
+      TypeError: if an argument is wrong; if a setting is a schedule; if ``loss_fn`` is sharpened already; if the
+        function is differentiated twice.
       ValueError: if the method remembers something between steps, or draws random numbers for each step.
 
     Example:
@@ -63,6 +65,7 @@ def sharpened(
     """
     if not callable(loss_fn):
         raise TypeError(f"loss_fn must be callable, got {loss_fn!r}.")
+    refuse_sharpened(loss_fn)
     if isinstance(method, optax.GradientTransformation) or not callable(method):
         raise TypeError(f"method must be a constructor, as in sharpened(loss_fn, crsam_jax.sam); got {method!r}.")
     positions = _positions(argnums)
@@ -91,6 +94,7 @@ def sharpened(
         loss, aux_arrays = _with_gradient_of(method, loss_and_aux, lambda arrays: merge(arrays)[2])(params, arrays)
         return (loss, merge_aux(aux_arrays)) if has_aux else loss
 
+    mark_sharpened(wrapped)
     return wrapped
 
 

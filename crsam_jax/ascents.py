@@ -505,7 +505,7 @@ def variance_suppressed_ascent(theta: float = 0.4) -> Ascent:
 
     References:
       Li, Giannakis, "Enhancing Sharpness-Aware Optimization Through Variance Suppression", NeurIPS 2023; arXiv
-      2509.02433.
+      2509.02433. The authors' code starts at d = g instead, which matters in the first few steps, and adds 1e-7 to ‖d‖.
     """
     check_number("1 - theta", 1 - theta, below=1)
 

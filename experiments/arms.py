@@ -1,4 +1,4 @@
-"""The arms of a comparison: which recipe a name such as ``sam``, ``base-3x`` or ``crsam,crsam.alpha=0`` stands for."""
+"""The arms of a comparison: the recipe for a name such as ``sam``, ``base-3x`` or ``crsam,crsam.alpha=0``."""
 
 import dataclasses
 import re

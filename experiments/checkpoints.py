@@ -65,7 +65,7 @@ class Checkpoints:
     def restore(self, like: State, step: int | None = None) -> tuple[State, Any]:
         """The state of a step, by default the last that is not damaged, and the position of the data.
 
-        The arrays go where those of ``like`` are. What is damaged, also of the run's files, is a ValueError.
+        The arrays are put on the devices of ``like``. A damaged checkpoint, or file of the run, is a ValueError.
         """
         if step is None:
             step, damaged = self.newest_good()

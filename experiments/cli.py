@@ -20,9 +20,10 @@ from experiments.ranges import flat
 
 COMMANDS = {
     "train": "cli:train", "compare": "cli:compare", "tune": "cli:tune", "study": "study:study",
-    "radius": "radius:radius", "sensitivity": "cli:sensitivity", "evaluate": "evaluate:evaluate_run",
-    "export": "export:export", "list": "cli:list_recipes", "readiness": "readiness:readiness",
-    "contact-sheet": "cli:contact_sheet", "benchmark": "benchmark:benchmark", "figures": "figures.command:figures",
+    "radius": "radius:radius", "language": "language:language", "sensitivity": "cli:sensitivity",
+    "evaluate": "evaluate:evaluate_run", "export": "export:export", "list": "cli:list_recipes",
+    "readiness": "readiness:readiness", "contact-sheet": "cli:contact_sheet", "benchmark": "benchmark:benchmark",
+    "figures": "figures.command:figures",
 }  # fmt: skip
 """Where the functions are. That of the command at hand alone is imported."""
 

@@ -20,7 +20,7 @@ _PILOT_EPOCHS = 3  # the first compiles and warms up
 def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: Run) -> Path:
     """Trains every arm with the same seeds, and returns the folder with all runs, tables and plots.
 
-    Runs that are complete are read, others go on where they were. An interruption of a run in training leaves
+    Complete runs are read, others resume where they stopped. An interruption of a run in training leaves
     tables of what is complete. The ``changes`` hold for all arms.
 
     Raises:
@@ -55,7 +55,7 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
 def _with_equal_cost(name: str, recipes: Recipes, config: Compare, folder: Path, run: Run) -> Recipes:
     """The recipes with as many epochs as the most expensive one's evaluations, or seconds, are worth.
 
-    A pilot of three epochs of each arm measures its cost; with the folder it is kept, and so are the numbers of epochs.
+    A pilot of three epochs of each arm measures its cost; with the folder, pilot and numbers of epochs are kept.
     """
     short = dataclasses.replace(
         run, keep=None, log_steps=0, evaluate_every=_PILOT_EPOCHS, probe_examples=0, trace_probes=0

@@ -63,7 +63,7 @@ class Run:
     process_id: CountOrNone | None = None
 
     def check_together(self) -> None:
-        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        """Raises ValueError for settings that exclude each other; see :func:`experiments.ranges.check`."""
         for name in ("coordinator", "num_processes", "process_id"):
             if getattr(self, name) is not None and not self.distributed:
                 raise ValueError(f"{option(name)} is for one of several processes: add --distributed.")
@@ -103,13 +103,13 @@ class Tune:
     """What is searched, and how. Run it with `python -m experiments tune NAME`."""
 
     methods: tuple[str, ...] = ("base", "sam", "crsam")
-    """Arms, as those of compare."""
+    """Arms, as in compare."""
     trials: Count = 16
     """Settings tried for each arm, a power of two: the first points of a scrambled Sobol sequence."""
     seeds: Count = 2
     """Runs of each setting, with seeds from 100 on, which comparisons do not use."""
     space: tuple[str, ...] = ()
-    """Ranges as key=low:high, searched on a logarithmic scale, in place of the default ones or beside them."""
+    """Ranges as key=low:high, searched on a logarithmic scale. They replace the default ranges or add to them."""
     sobol_seed: CountOrNone = 0
     """Seed of the Sobol sequence, for independent searches; the seeds of the runs begin at 100 + SOBOL_SEED · SEEDS."""
     share_points: bool = False
@@ -121,7 +121,7 @@ class Tune:
     """Run so many trainings at once, one core each."""
 
     def check_together(self) -> None:
-        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        """Raises ValueError for settings that exclude each other; see :func:`experiments.ranges.check`."""
         if self.second_round % 4:
             raise ValueError(f"--second-round must be a multiple of four, got {self.second_round}.")
 
@@ -160,7 +160,7 @@ class Benchmark:
     """Write the table to this CSV file too; with --all results/benchmark.csv by default, written row by row."""
 
     def check_together(self) -> None:
-        """Raises ValueError for what cannot stand together; see :func:`experiments.ranges.check`."""
+        """Raises ValueError for settings that exclude each other; see :func:`experiments.ranges.check`."""
         if self.all and self.target is not None:
             raise ValueError("--all times the device at hand, --target compiles for another: give one of them.")
         if self.page is not None and not self.all:

@@ -15,7 +15,7 @@ _STOPPING = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Keeps them for later, here, and for good in processes that are started meanwhile."""
+    """Delays them in this process, and blocks them in processes started meanwhile."""
     resource_tracker.ensure_running()  # which else the first of these processes starts, and then lets Ctrl-C through
     with _masked(signal.SIG_BLOCK):
         yield
@@ -36,7 +36,7 @@ def raised() -> Iterator[None]:
 
 @contextlib.contextmanager
 def collected() -> Iterator[list[int]]:
-    """Collects the first of them in a list, or one that was held back before; the second acts as ever.
+    """Collects the first of them in a list, or one that was held back before; the second acts as usual.
 
     What comes within a second of the first is the same one, sent to this process and passed on to it.
     """

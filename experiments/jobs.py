@@ -51,7 +51,7 @@ class Job(NamedTuple):
 class Result(NamedTuple):
     """A row of runs.csv: a run after its last epoch. Losses are mean cross-entropies, accuracies are in percent.
 
-    A run whose loss was not finite counts as a guess, with an infinite loss.
+    A run whose loss was not finite is scored at chance level, with an infinite loss.
     """
 
     arm: str
@@ -80,7 +80,7 @@ class Result(NamedTuple):
 
 
 def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> None:
-    """Carries out what is not complete, in the given order. Runs that were interrupted go on where they were.
+    """Trains the incomplete runs, in the given order. Interrupted runs resume where they stopped.
 
     From two processes on, each is bound to one core.
 
@@ -111,7 +111,7 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
 
 
 def is_complete(job: Job) -> bool:
-    """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to go on."""
+    """Whether a run has reached its last epoch, or a loss that is not finite; with damaged files it has to resume."""
     if altered(job.folder):
         return False
     return (job.folder / "failed.json").exists() or [row.epoch for row in job.rows][-1:] == [job.recipe.epochs]

@@ -148,5 +148,5 @@ def _start_wandb(project: str, folder: Path, config: Any) -> Any:
         import wandb
     except ImportError as error:
         raise ImportError("--wandb needs Weights & Biases: pip install wandb.") from error
-    name = "-".join(folder.resolve().parts[-2:])  # the run's identity: a run that goes on is one run there too
+    name = "-".join(folder.resolve().parts[-2:])  # the run's identity: a resumed run is one run there too
     return wandb.init(project=project, id=name, name=name, resume="allow", dir=str(folder), config=config)

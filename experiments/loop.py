@@ -39,7 +39,7 @@ class Training(NamedTuple):
 def run_steps(training: Training, state: State) -> tuple[State, int]:
     """Trains from the state to the last epoch, or to a signal: the last state, and the number of the signal or 0.
 
-    What a step or an epoch showed is on disk before the checkpoint that follows it, so that going on at a checkpoint
+    What a step or an epoch showed is on disk before the checkpoint that follows it, so that resuming from a checkpoint
     leaves no gap.
     """
     recipe, run, inputs, program, _, log, console = training
@@ -122,7 +122,7 @@ def _measured(training: Training, params: Any, model_state: Any, examples: Batch
 
 
 def _texts(recipe: Recipe, state: State, per_epoch: int, clock: Clock) -> tuple[str, ...]:
-    """What stands beside the bar, the most important first; waits for the step."""
+    """The text beside the bar, the most important first; waits for the step."""
     step, loss_sum = int(state.step), float(state.loss_sum)
     done = (step - 1) % per_epoch + 1
     return (
@@ -134,7 +134,7 @@ def _texts(recipe: Recipe, state: State, per_epoch: int, clock: Clock) -> tuple[
 
 
 def _save(training: Training, state: State) -> None:
-    """Saves a state from which training can go on: with finite parameters."""
+    """Saves a state from which training can resume: with finite parameters."""
     _check_finite(training, state)
     if not _all_finite(state.params):
         raise _not_finite("parameters are not finite after", int(state.step), training)

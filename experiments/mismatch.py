@@ -1,4 +1,4 @@
-"""A warning, once, if the gradient of most steps of an epoch was not that of the loss."""
+"""A warning, once, if the gradient did not belong to the loss in most steps of an epoch."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ class Watch:
         self._before, self._has_warned = _counts(opt_state), False
 
     def warning(self, opt_state: Any) -> str | None:
-        """What to say after an epoch; None where all is well, and after the first warning."""
+        """The warning after an epoch; None if all is well, and after the first warning."""
         now = _counts(opt_state)
         steps, mismatched = (after - before for after, before in zip(now, self._before, strict=True))
         self._before = now

@@ -1,4 +1,4 @@
-"""What to answer to a misspelt name."""
+"""An error with suggestions for a misspelt name."""
 
 import difflib
 from collections.abc import Iterable

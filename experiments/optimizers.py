@@ -21,7 +21,7 @@ Policy = Callable[[Transform], Transform]
 
 
 class Method(NamedTuple):
-    """How to build a method, and what it costs. It is a stage before the base optimizer, or stands around it."""
+    """How to build a method, and what it costs. It is a stage before the base optimizer, or wraps it."""
 
     label: str
     """Its name in tables and plots."""
@@ -39,7 +39,7 @@ class Method(NamedTuple):
     is_shifted: bool = False
     """Whether the params in training are perturbed ones; see ``crsam_jax.eval_params``."""
     part: int = 1
-    """The ascent, and with it the loss that is logged, is that of every ``part``-th example of a batch."""
+    """The ascent, and the logged loss, use every ``part``-th example of a batch."""
 
 
 _always: Policy = lambda tx: tx

@@ -20,7 +20,7 @@ Changes = Mapping[str, Any]
 
 
 def changed(recipe: Recipe, changes: Changes) -> Recipe:
-    """The recipe with some settings changed; an unknown name is a ValueError, and so is a value of another type.
+    """The recipe with some settings changed; an unknown name or a value of another type is a ValueError.
 
     Example:
       >>> changed(recipes.get("digits"), {"crsam.rho": 0.3, "model_options.width": 8}).model_options

@@ -81,9 +81,9 @@ def accuracy_over_cost(
 ) -> None:
     """Draws the mean accuracy of each arm, with its standard error, over the quartiles of seconds of a run; the front.
 
-    The front is what no other arm beats in both. An arm far below the first one stands at the lower edge as an arrow,
-    with its accuracy in the legend: a failure would press all others into one line. Arms that are not ``tuned`` are
-    grey; None means that all are. SGD, SAM, CR-SAM and MSAM have their names beside their points.
+    The front consists of the arms that no other beats in both. An arm far below the first one is an arrow at the lower
+    edge, with its accuracy in the legend: a failure would press all others into one line. Arms that are not ``tuned``
+    are grey; None means that all are. SGD, SAM, CR-SAM and MSAM have their names beside their points.
     """
     points = [s for s in summaries if s["seconds_median"] is not None]
     if not points:
@@ -152,7 +152,7 @@ def accuracy_over_flatness(
 ) -> None:
     """Draws every run of a comparison: accuracy over C(w) and over the norm of the gradient.
 
-    Its lower edge is that of :func:`accuracy_over_cost`. An arm whose mean is below it is one arrow there, with its
+    It has the lower edge of :func:`accuracy_over_cost`. An arm whose mean is below it is one arrow there, with its
     mean in the legend; runs of the others that are below it are arrows too. ``groups`` and ``labels`` are by arm; arms
     that are not ``tuned`` are grey.
     """

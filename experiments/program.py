@@ -43,8 +43,8 @@ class State(NamedTuple):
       average: of params and model state over the steps, if the recipe has an ``ema``, else None.
       loss: of the last step's batch, before the step.
       loss_sum: of the epoch so far, one loss a step.
-      correct: training examples classified rightly in the epoch so far, at the weights of their step; of a method that
-        sees a part of each batch first, so many times those of the parts.
+      correct: training examples classified correctly in the epoch so far, at the weights of their step. If a method
+        evaluates a part of each batch first, the part's count is scaled up.
       bad_step: the first step whose loss was not finite, or −1.
     """
 

@@ -55,7 +55,7 @@ def ranges_of(kind: Any) -> dict[str, Range]:
 
 
 def check(*settings: Any) -> None:
-    """Checks all numbers of some settings, and what cannot stand together.
+    """Checks all numbers of some settings, and settings that exclude each other.
 
     Raises:
       ValueError: naming the first option that is out of its range, with the range.

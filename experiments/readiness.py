@@ -2,7 +2,7 @@
 
 The gradient and the base optimizer's step are lowered and XLA counts their FLOPs before any optimization. A method of
 k gradient evaluations is counted as the base step and k − 1 more gradients; its arithmetic over the parameters, some
-passes over memory, is not. Memory is that of the step compiled for this machine's backend, or for a target: temporaries
+passes over memory, is not. Memory is for the step compiled for this machine's backend, or for a target: temporaries
 on a CPU are not those on a GPU or TPU.
 """
 
@@ -101,7 +101,7 @@ def estimates(
 ) -> list[Estimate]:
     """The rows of one recipe, a method each, compiled for a target or the backend at hand; nothing is allocated.
 
-    ``memory`` is that of the steps compiled so far, to which its own are added: recipes that differ in their numbers
+    ``memory`` has the steps compiled so far, and gets this one's too: recipes that differ in their numbers
     or in the classes of their data share a program but for the last layer. None compiles nothing.
     """
     signature = _signature(recipe)

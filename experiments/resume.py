@@ -14,9 +14,9 @@ from experiments.runs import steps_of
 
 
 def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
-    """The state to go on from: that of the newest checkpoint without damage, or ``like`` if there are none.
+    """The state to resume from: the newest undamaged checkpoint, or ``like`` if there are none.
 
-    Damaged ones that are newer are set aside, and a line says so; the run's logs become those of the checkpoint. With
+    Damaged ones that are newer are set aside, and a line says so; the run's logs are replaced by the checkpoint's. With
     the state comes the position of the data, None at the start.
 
     Raises:

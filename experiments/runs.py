@@ -63,7 +63,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def from_json(text: str | bytes) -> Any:
-    """What JSON says. A key that stands twice, or nesting without end, is a ValueError like any other mistake."""
+    """The parsed JSON. A repeated key, or endless nesting, is a ValueError like any other mistake."""
     try:
         return json.loads(text, object_pairs_hook=_without_duplicates)
     except RecursionError:
@@ -79,7 +79,7 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _mended_by_copy(path: Path) -> str:
-    """What to do about a file of a run of which the last checkpoint has a copy."""
+    """The action for a file of a run of which the last checkpoint has a copy."""
     copies = [copy for copy in path.parent.glob(f"checkpoints/*/{path.name}") if copy.parent.name.isdecimal()]
     return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""
 

@@ -22,7 +22,7 @@ SPACE = {
 
 
 def space_of(method: str, rate: float, ranges: Sequence[str] = ()) -> Space:
-    """The ranges that are searched for a method, that of its learning rate around the ``rate`` of all methods.
+    """The ranges that are searched for a method; its learning rate is searched around the ``rate`` of all methods.
 
     Others are given as ``key=low:high``; a setting that is no method's own is searched for all of them.
 

@@ -73,7 +73,7 @@ TASKS: dict[str, Task] = {
 
 
 def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 16, seeds: int | None = None) -> Path:
-    """Tune the main methods of a task of docs/study.md and compare all methods with fresh seeds, or go on with it.
+    """Tune the main methods of a task of docs/study.md and compare all methods with fresh seeds, or resume it.
 
     Args:
       name: The task.
@@ -88,7 +88,7 @@ def study(name: str, processes: int = 1, out: Path | None = None, trials: int = 
     search = Tune(MAIN, trials, task.trial_seeds, processes=processes)
     found = tune(name, task.recipe, search, {}, Run(folder / "tune", keep=None, log_steps=0))
     tuned = find(str(found / f"{name}-tuned.json"))
-    longest = 3 * tuned.epochs  # those of base-3x
+    longest = 3 * tuned.epochs  # base-3x
     last = Run(folder / "compare", keep=None, log_steps=0, evaluate_every=longest, probe_examples=500, trace_probes=10)
     arms = Compare(MAIN + SECONDARY, seeds or task.seeds, against=AGAINST, processes=processes)
     return mechanism(compare(name, tuned, arms, {}, last))

@@ -30,8 +30,8 @@ Results = Mapping[str, Sequence[Result]]
 class Difference(NamedTuple):
     """Of an arm to the reference: the mean over the seeds that both have, and an interval.
 
-    The interval is Student's for paired observations, at a level such that all intervals of a comparison hold together
-    with 95 % (Bonferroni): 1 − 0.05/m for m differences. Not known, and NaN, for less than two seeds.
+    The interval is Student's for paired observations, at the level 1 − 0.05/m for m differences, so that all
+    intervals of a comparison are simultaneous 95 % intervals (Bonferroni). NaN for less than two seeds.
     """
 
     mean: float
@@ -70,12 +70,12 @@ def write_summary(
 
 
 def summarize(results: Results, labels: Mapping[str, str], against: str, detect: float) -> list[dict[str, Any]]:
-    """One row an arm.
+    """One row per arm.
 
     It has mean and sample standard deviation (``_std``) of each number in :class:`Result`; the quartiles of
     ``seconds``, which other work disturbs; ``failed``, how many losses were not finite (they count, as a guess);
     ``relative_time`` of a step, the medians' ratio to the reference; the ``difference`` of the accuracies to the
-    reference's, in points, seed by seed, with an interval (all of a table's hold together with 95 %); and
+    reference's, in points, seed by seed, with an interval (simultaneous 95 % intervals in a table); and
     ``seeds_needed`` to find one of ``detect`` points with a probability of 80 %.
     """
     reference = {row.seed: row.test_accuracy for row in results.get(against, [])}
@@ -118,7 +118,7 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float], comparis
 def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> int | None:
     """How many seeds a paired t test at the level 0.05/m needs, to find a true difference with a probability of 80 %.
 
-    The deviation is that of the single differences in a pilot. None if it is unknown, or for more than 10,000.
+    The deviation is measured on the single differences of a pilot. None if it is unknown, or for more than 10,000.
 
     Example:
       >>> seeds_needed(deviation=1.0, difference=1.0)
@@ -130,7 +130,7 @@ def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> i
     with np.errstate(divide="ignore", invalid="ignore"):
         shift = abs(difference) / np.float64(deviation) * np.sqrt(seeds)
     power = stats.nct.sf(_critical(comparisons, seeds), seeds - 1, shift)  # the other tail is the wrong direction
-    enough = np.flatnonzero(~(power < POWER))  # NaN stands for a shift so large that the power is 1
+    enough = np.flatnonzero(~(power < POWER))  # NaN means a shift so large that the power is 1
     return int(seeds[enough[0]]) if len(enough) else None
 
 

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 _MARK = "CRSAM_JAX_SUPERVISED"
-_BEAT, _SILENCE = 1.0, 8.0  # seconds: between two signs of life, and without any until a peer counts as gone
+_BEAT, _SILENCE = 1.0, 8.0  # seconds: between two signs of life, and without any until a peer is given up
 _FORWARDED = signal.SIGINT, signal.SIGTERM, signal.SIGHUP
 _GONE = "was killed, or its host cannot be reached"
 
@@ -144,7 +144,7 @@ class _Supervisor:
                     self._connect(facts["host"], facts["port"])
 
     def _connect(self, host: str, port: int) -> None:
-        """Connects to the watcher of rank 0; where nothing gets through, the run goes on without a watch."""
+        """Connects to the watcher of rank 0; if the connection fails, the run continues without a watch."""
         try:
             self._add(socket.create_connection((host, port), timeout=5), rank=0)
         except OSError as error:

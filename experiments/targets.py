@@ -35,7 +35,7 @@ platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 } device_description_
 _H100_BYTES = 84_978_434_048
 _TUNED_BY_RUNNING = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
-_WITHOUT_TPU = {  # there is none to ask for its kind and its place in a pod, nor one to keep from other processes
+_WITHOUT_TPU = {  # there is none to ask for its kind and its place in a pod, or to keep from other processes
     "TPU_SKIP_MDS_QUERY": "1",
     "TPU_ACCELERATOR_TYPE": "v5litepod-4",
     "TPU_WORKER_HOSTNAMES": "localhost",

@@ -23,7 +23,7 @@ def prepare() -> None:
 
 
 class Lasting:
-    """A stream that drops what is written once nobody reads it, so that the work goes on.
+    """A stream that drops what is written once nobody reads it, so that the work continues.
 
     Example:
       >>> import io

@@ -1,4 +1,4 @@
-"""Training a recipe: it can be stopped at any moment, and goes on where it was."""
+"""Training a recipe: it can be stopped at any moment, and resumes where it stopped."""
 
 import contextlib
 import dataclasses
@@ -21,9 +21,9 @@ from experiments.resume import check_not_lost, clear_way, resume
 
 
 def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
-    """Trains one network, or goes on with it: after any interruption the same call continues.
+    """Trains one network. After any interruption the same call resumes.
 
-    The result is that of a run without interruption, bit by bit on the same hardware.
+    The result equals that of an uninterrupted run, bit by bit on the same hardware.
 
     Args:
       name: of the recipe, for the folder.

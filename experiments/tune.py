@@ -123,6 +123,6 @@ def _row(arm: str, trial: int, number: int, seeds: Sequence[Job], names: Iterabl
 
 
 def _difference(one: Recipe, common: Recipe) -> dict[str, Any]:
-    """The settings in which an arm's recipe is not that of all arms."""
+    """The settings in which an arm's recipe differs from the recipe of all arms."""
     besides, ignored = flat(common), {"method", "seed", "epochs", "evaluate_on", "per_method"}
     return {key: value for key, value in flat(one).items() if key not in ignored and value != besides.get(key)}

@@ -29,6 +29,8 @@ RIGHT = {
     "random probes": optax.chain(crsam(LOSS_FN, probes=crsam_jax.random_probes(radius=0.1)), SGD),
     "accumulation": optax.chain(sam(LOSS_FN), optax.MultiSteps(SGD, 4).gradient_transformation()),
     "late in a chain": optax.chain(late(crsam(LOSS_FN), 2), SGD),
+    "an ascent without a direction in its first step": sam(LOSS_FN, ascent=crsam_jax.ascents.momentum_ascent()),
+    "an ascent that is zero where a gradient repeats": sam(LOSS_FN, ascent=crsam_jax.ascents.friendly_ascent()),
     "msam": crsam_jax.msam(SGD),
     "clipping before s2sam": optax.chain(optax.clip_by_global_norm(1.0), crsam_jax.s2sam(SGD)),
     "injected": optax.inject_hyperparams(sam, static_args="loss_fn")(LOSS_FN, rho=0.05),

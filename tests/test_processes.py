@@ -115,6 +115,29 @@ def test_a_killed_process_ends_all_with_the_step_to_resume_from(killed, count, g
 
 
 @pytest.mark.parametrize("rank", [0, 1])
+def test_a_host_that_falls_silent_ends_the_others(rank, group):
+    """As without power or network: its connections stay open, and nothing comes through them."""
+    run = group(2)
+    run.wait_for_step(25)
+    silent = [run.processes[rank].pid, run.child(rank)]
+    for pid in silent:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        start = time.monotonic()
+        _, error = run.processes[1 - rank].communicate(timeout=120)
+        took = time.monotonic() - start
+    finally:
+        for pid in silent:
+            os.kill(pid, signal.SIGKILL)
+    assert run.processes[1 - rank].returncode == 1
+    [line] = error.splitlines()
+    assert line.startswith(f"error: process {rank} was killed, or its host cannot be reached.")
+    assert f"resumes from step {steps_of(run.folder)[-1]}" in line
+    assert 7 < took < 30
+    run.processes[rank].wait()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
 def test_sigterm_to_either_saves_all(rank, group):
     run = group(2)
     run.wait_for_step(15)

@@ -11,6 +11,7 @@ import pytest
 
 import crsam_jax
 from crsam_jax import sharpened
+from tests.problems import flat, matrix_products
 
 METHODS = {
     "sam": (crsam_jax.sam, dict(rho=0.3)),
@@ -253,3 +254,44 @@ def test_inside_pmap_each_device_has_its_own_perturbation():
     found = jax.pmap(step, axis_name="devices", in_axes=(None, 0))(w, x)
     expected = jnp.mean(jnp.stack([jax.grad(sharp)(w, part) for part in x]), axis=0)
     np.testing.assert_allclose(found[0], expected, rtol=1e-5)
+
+
+def test_a_method_is_applied_once():
+    loss_fn = lambda w: jnp.sum(w**2)
+    sharp = crsam_jax.sharpened(loss_fn, crsam_jax.sam, rho=0.1)
+    wrapped = functools.wraps(sharp)(lambda w: sharp(w))
+    for loss in (sharp, jax.jit(sharp), wrapped):
+        with pytest.raises(TypeError, match="sharpened loss: its gradient is a method's already"):
+            crsam_jax.sharpened(loss, crsam_jax.crsam, rho=0.1)
+        with pytest.raises(TypeError, match="Give the original loss"):
+            crsam_jax.sam(loss, rho=0.1)
+        stage, w = crsam_jax.sam(rho=0.1), jnp.ones(3)
+        with pytest.raises(TypeError, match="Give the original loss"):
+            stage.update(w, stage.init(w), w, value_fn=loss)
+
+
+def test_functional_sam_takes_its_network_and_criterion_in_the_step():
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = {"a": jax.random.normal(keys[0], (3, 5)), "b": jax.random.normal(keys[1], (5, 2))}
+    x, y = jax.random.normal(keys[2], (8, 3)), jax.random.normal(keys[3], (8, 2))
+    network = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
+    criterion = lambda outputs, y: jnp.mean((outputs - y) ** 2)
+
+    def through_the_loss(params, x, y, rho):
+        functional = lambda _, rho: crsam_jax.functional_sam(
+            lambda params: network(params, x), lambda outputs: criterion(outputs, y), rho
+        )
+        loss_fn = sharpened(lambda params: criterion(network(params, x), y), functional, rho=rho)
+        return jax.value_and_grad(loss_fn)(params)
+
+    def through_the_stage(params, x, y, rho):
+        tx = crsam_jax.functional_sam(network, criterion, rho)
+        loss, grads = jax.value_and_grad(lambda params: criterion(network(params, x), y))(params)
+        return loss, tx.update(grads, tx.init(params), params, loss=loss, x=x, y=y)[0]
+
+    found, expected = (jax.jit(way)(params, x, y, 0.1) for way in (through_the_loss, through_the_stage))
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), found, expected)
+    programs = [jax.jit(way).lower(params, x, y, 0.1).compile() for way in (through_the_loss, through_the_stage)]
+    assert matrix_products(programs[0]) == matrix_products(programs[1])
+    plain = jax.grad(lambda params: criterion(network(params, x), y))(params)
+    assert np.abs(flat(found[1]) - flat(plain)).max() > 1e-3

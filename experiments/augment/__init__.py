@@ -48,7 +48,7 @@ def normalize(
     """(images/255 − mean)/std, channel by channel; computed in float32 at least, returned in ``dtype``.
 
     Raises:
-      TypeError: if the images are not uint8, and so perhaps normalized already.
+      TypeError: if the images are not uint8: they may be normalized already.
 
     Example:
       >>> print(normalize(jnp.array([[[[0], [255]]]], jnp.uint8), mean=(0.5,), std=(0.25,)).ravel())

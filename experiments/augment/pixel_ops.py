@@ -1,6 +1,6 @@
 """The three kinds of image operation that AutoAugment is made of, on one uint8 image [height, width, channels].
 
-Whole numbers throughout, so that every device computes the same bytes: those of the Python imaging library, with
+Whole numbers throughout, so that every device computes the same bytes as the Python imaging library, with
 which the policy was found. (It blends and stretches in floating point, and may end just below a whole number.)
 """
 
@@ -19,7 +19,7 @@ FIXED_POINT = 16  # fractional bits of the coordinates in a geometric operation
 def warp(image: jax.Array, matrix: jax.Array) -> jax.Array:
     """Moves pixels: position (x, y) takes the nearest pixel at matrix · (x, y, 1), or grey if that lies outside.
 
-    The matrix is int32 [2, 3], in units of 2⁻¹⁶ pixels; the position (x, y) stands for the centre of that pixel.
+    The matrix is int32 [2, 3], in units of 2⁻¹⁶ pixels; the position (x, y) is the centre of that pixel.
     """
     height, width, _ = image.shape
     y, x = jnp.mgrid[:height, :width]

@@ -59,10 +59,12 @@ def language(
         tokens = jax.random.randint(jax.random.key(0), (batch_size, length + 1), 0, vocabulary)
         return {"images": tokens[:, :-1], "labels": tokens[:, 1:]}
 
-    return _classifier(lambda: _Language(length, vocabulary, width, depth, heads, nnx.Rngs(0)), batch, batch_size)
+    return _classifier(lambda: Language(length, vocabulary, width, depth, heads, nnx.Rngs(0)), batch, batch_size)
 
 
-class _Language(nnx.Module):
+class Language(nnx.Module):
+    """From tokens (..., length) to logits (..., length, vocabulary)."""
+
     def __init__(self, length: int, vocabulary: int, width: int, depth: int, heads: int, rngs: nnx.Rngs):
         self.tokens = nnx.Embed(vocabulary, width, rngs=rngs)
         self.places = nnx.Embed(length, width, rngs=rngs)

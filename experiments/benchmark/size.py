@@ -1,7 +1,7 @@
 """How much code and how many instructions one step is: counts, no times. ``python -m experiments.benchmark.size``.
 
 The step trains an MLP of 12 layers (24 arrays), SGD with momentum behind each method. Files and functions are the
-library's own that one ``update`` enters; equations are those of the whole step's jaxpr, nested ones too; instructions
+library's own that one ``update`` enters; equations are counted in the whole step's jaxpr, nested ones too; instructions
 are those that compute in the program compiled for CPU.
 """
 

@@ -69,7 +69,7 @@ def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvat
     if trained[0].recipe.dataset == "imagenet2012":
         raise ValueError("Figures are drawn from data sets that fit into memory, and ImageNet does not.")
     _check_settings(settings, out)
-    losses = None  # the same for all runs, and so compiled once
+    losses = None  # the same for all runs, so compiled once
     first_seed = min(run.recipe.seed for run in trained)
     for run in sorted(trained, key=lambda run: run.recipe.seed):
         data = load(run.recipe)

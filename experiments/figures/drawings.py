@@ -105,7 +105,7 @@ def _over_epochs(axis: Axes, rows: Sequence[Any], method: str, field: str, **lin
 def _against_ratio(
     axis: Axes, curvature: Sequence[Curvature], ratios: Sequence[Ratio], method: str, color: str
 ) -> None:
-    """A point for each seed and epoch, darker as training goes on."""
+    """A point for each seed and epoch, darker for later epochs."""
     trace = {(r.seed, r.epoch): r.normalized_trace for r in curvature if r.method == method and r.split == "train"}
     own = [r for r in ratios if r.method == method and (r.seed, r.epoch) in trace]
     last = max(r.epoch for r in own)
@@ -183,7 +183,7 @@ def grid_of(points: Sequence[SurfacePoint], method: str) -> Grid:
 
 
 def _grids(points: Sequence[SurfacePoint], labels: Labels) -> tuple[list[Grid], float, float]:
-    """The surfaces of all methods, and the range of their losses together; at 1e-3 a loss counts as zero."""
+    """The surfaces of all methods, and the range of their losses together; losses below 1e-3 are drawn as zero."""
     grids = [grid_of(points, method) for method in labels]
     losses = np.stack([losses for _, _, losses in grids])
     return grids, max(float(losses.min()), 1e-3), float(losses.max())

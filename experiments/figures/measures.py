@@ -78,7 +78,7 @@ class Losses(NamedTuple):
     """
 
     mean: Loss  # cross-entropy, the batch's mean
-    each: Loss  # that of each example, [examples]
+    each: Loss  # of each example, [examples]
     accuracy: Loss  # in percent
 
 
