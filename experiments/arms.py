@@ -5,10 +5,10 @@ import re
 from typing import Any, NamedTuple
 
 from experiments import ranges
-from experiments.names import unknown
 from experiments.optimizers import METHODS, method_of
 from experiments.overrides import Changes, changed, parse
 from experiments.recipes import Recipe
+from experiments.suggestions import unknown
 
 
 class Arm(NamedTuple):

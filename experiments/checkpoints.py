@@ -18,7 +18,7 @@ import orbax.checkpoint as ocp
 
 from experiments import checksums, files
 from experiments.program import State
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 
 CONFIG, LOGS = "config.json", ("metrics.csv", "steps.jsonl")
 """Files of a run of which each of its checkpoints has a copy."""

@@ -3,13 +3,13 @@
 import dataclasses
 from pathlib import Path
 
-from experiments import arms, jobs, ranges, runs
+from experiments import arms, jobs, ranges, run_folder
 from experiments.configs import Compare, Run
 from experiments.jobs import Job
-from experiments.names import unknown
 from experiments.optimizers import METHODS
 from experiments.overrides import Changes
 from experiments.recipes import Recipe
+from experiments.suggestions import unknown
 from experiments.summary import write_summary
 
 Recipes = dict[str, Recipe]  # by arm
@@ -46,7 +46,9 @@ def compare(name: str, recipe: Recipe, config: Compare, changes: Changes, run: R
     finally:
         complete = [job for job in todo if jobs.is_complete(job)]
         if complete:
-            runs.save_json({arm: dataclasses.asdict(one) for arm, one in recipes.items()}, folder / "recipes.json")
+            run_folder.save_json(
+                {arm: dataclasses.asdict(one) for arm, one in recipes.items()}, folder / "recipes.json"
+            )
             labels = {arm: arms.label(recipe, arm) for arm in names}
             write_summary(folder, labels, complete, against, config.detect)
     return folder

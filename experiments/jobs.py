@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, Self
 import jax
 from rich.console import Console
 
-from experiments import ranges, runs
+from experiments import ranges, run_folder
 from experiments.checkpoints import altered
 from experiments.configs import Run
 from experiments.inputs import note_of, signature_of
@@ -91,7 +91,7 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
     """
     ranges.check(run, *(job.recipe for job in jobs))
     for job in jobs:
-        runs.check_free(job.recipe, job.folder)
+        run_folder.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]
     for dataset in dict.fromkeys(job.recipe.dataset for job in missing if is_own(job.recipe.dataset)):
         print(note_of(next(job.recipe for job in missing if job.recipe.dataset == dataset), run.data_dir))
@@ -123,7 +123,7 @@ def read_result(job: Job) -> Result:
     names = ["learning_rate", *METHODS[recipe.method].tunes] + ["ema"] * (recipe.ema is not None)
     start = job.arm, recipe.seed, " ".join(f"{name}={settings[name]:g}" for name in names), recipe.epochs
     if failed.exists():
-        note = runs.read_json(failed)
+        note = run_folder.read_json(failed)
         if not (isinstance(note.get("chance"), (int, float)) and isinstance(note.get("error"), str)):
             raise ValueError(f"{failed} is damaged: it should hold chance and error. Delete it to train again.")
         return Result(*start, test_accuracy=note["chance"], error=note["error"])

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Self
 import optax
 
 from experiments import files, tables
-from experiments.runs import from_json
+from experiments.run_folder import from_json
 
 
 class EpochRow(NamedTuple):

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from rich.console import Console
 
 from crsam_jax.curvature import normalized_hessian_trace
-from experiments import scale
+from experiments import devices
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Batch, Inputs
@@ -70,9 +70,9 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
                     f"loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2f} %; {row.images_per_second:.0f} "
                     f"images/s, {row.waiting_percent:.1f} % of it waiting for data"
                 )
-            stop = scale.agreed(signals, is_due=is_end or is_logged)
+            stop = devices.agreed(signals, is_due=is_end or is_logged)
             is_asked = _is_every(run.checkpoint_steps, step) or _is_every((run.keep_every or 0) * per_epoch, step)
-            is_time = is_end and bool(scale.decided_by_first(time.monotonic() - saved >= run.checkpoint_seconds))
+            is_time = is_end and bool(devices.decided_by_first(time.monotonic() - saved >= run.checkpoint_seconds))
             if stop or step == total or is_asked or is_time:
                 _save(training, state)
                 saved = time.monotonic()

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import optax
 
 import crsam_jax as cj
-from experiments.names import unknown
 from experiments.recipes import Recipe
+from experiments.suggestions import unknown
 
 LossFn = Callable[..., Any]
 Transform: TypeAlias = optax.GradientTransformation

@@ -9,11 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import python_files, recipes, runs
-from experiments.names import unknown
+from experiments import python_files, recipes, run_folder
 from experiments.ranges import check, flat
 from experiments.recipes import Recipe
 from experiments.sources import absolute, in_python_file, is_own, is_path
+from experiments.suggestions import unknown
 
 Changes = Mapping[str, Any]
 """From dotted names to values."""
@@ -58,14 +58,14 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         if not is_assigned:
             raise ValueError(f"A setting is changed by key=value, got {text!r}.")
         with contextlib.suppress(json.JSONDecodeError):
-            value = runs.from_json(value)
+            value = run_folder.from_json(value)
         result[key.replace("-", "_")] = value
     return result
 
 
 def read(path: Path) -> dict[str, Any]:
     """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run."""
-    return flat(runs.read_json(path))
+    return flat(run_folder.read_json(path))
 
 
 def find(name: str) -> Recipe:

@@ -15,8 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from experiments.names import unknown
 from experiments.sources import in_python_file
+from experiments.suggestions import unknown
 
 
 def find(name: str) -> Any:

@@ -17,9 +17,9 @@ from experiments import files, recipes, study, tables
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
 from experiments.jobs import Result
-from experiments.names import unknown
 from experiments.overrides import find
 from experiments.recipes import CrSam, Recipe
+from experiments.suggestions import unknown
 from experiments.summary import paired
 from experiments.tune import tune
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import tyro
 
-from experiments import ranges, recipes, scale, tables
+from experiments import devices, ranges, recipes, tables
 from experiments.configs import Readiness, Run
 from experiments.inputs import Signature, signature_of
 from experiments.optimizers import method_of
@@ -154,7 +154,7 @@ def _here() -> Target:
     """One device of the backend at hand, not limited in its memory."""
     # Memory is planned before machine code is made; the code is never run, so making it is not to take long.
     quickly = {"xla_backend_optimization_level": 0}
-    return Target(jax.default_backend(), scale.start(Run(devices=1)), quickly, None)
+    return Target(jax.default_backend(), devices.start(Run(devices=1)), quickly, None)
 
 
 def table(rows: Sequence[Estimate], teraflops: float, target: Target | None = None) -> str:

@@ -17,9 +17,9 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from experiments.names import unknown
 from experiments.ranges import Count, NotNegative, Range, Share, ShareBelow1, option
 from experiments.sources import absolute, in_python_file, there_is_a_path
+from experiments.suggestions import unknown
 
 
 @dataclasses.dataclass(frozen=True)

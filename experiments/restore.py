@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from jax.sharding import Mesh
 
-from experiments import overrides, scale
+from experiments import devices, overrides
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import Inputs, open_inputs
@@ -35,7 +35,7 @@ def read_recipe(folder: Path) -> Recipe:
 def restore(folder: Path, step: int | None = None, run: Run = Run()) -> Restored:  # noqa: B008
     """Opens a run at a checkpoint, the last by default; of ``run`` it takes the devices and the folder of the data."""
     recipe = read_recipe(folder)
-    mesh = scale.start(run)
+    mesh = devices.start(run)
     inputs = open_inputs(recipe, mesh, run)
     program = make_program(recipe, inputs.signature, mesh)
     with closing(Checkpoints(folder, data=inputs.signature.data)) as checkpoints:

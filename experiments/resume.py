@@ -6,11 +6,11 @@ from typing import Any
 
 import jax
 
-from experiments import files, runs, scale
+from experiments import devices, files, run_folder
 from experiments.checkpoints import CONFIG, LOGS, Checkpoints, altered
 from experiments.logs import EpochRow, read_epochs
 from experiments.program import State
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 
 
 def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
@@ -24,7 +24,7 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
     """
     step, damaged = checkpoints.newest_good(is_config_right=True)
     step = _agreed(step)
-    scale.wait_for_all("verified")  # all processes came to this step, before one changes the folder
+    devices.wait_for_all("verified")  # all processes came to this step, before one changes the folder
     if jax.process_index() == 0:
         for partial in checkpoints.folder.glob("*.partial"):
             files.remove(partial)
@@ -32,13 +32,13 @@ def resume(checkpoints: Checkpoints, like: State) -> tuple[State, Any]:
             _go_back_to(step, damaged, checkpoints)
         else:
             _keep_logs(checkpoints.run)
-    scale.wait_for_all("resumed")
+    devices.wait_for_all("resumed")
     return (like, None) if step is None else checkpoints.restore(like, step)
 
 
 def _agreed(step: int | None) -> int | None:
     """The step that the first process found; folders that are shared over a network may show others an older state."""
-    chosen = scale.decided_by_first(-1 if step is None else step)
+    chosen = devices.decided_by_first(-1 if step is None else step)
     return None if chosen < 0 else chosen
 
 
@@ -71,7 +71,7 @@ def check_not_lost(folder: Path) -> None:
     is_cut_off = any((folder / "checkpoints").glob("*.partial"))
     if steps_of(folder) or is_cut_off or not (folder / CONFIG).exists():
         return
-    rows, epochs = _rows(folder), runs.read_json(folder / CONFIG).get("epochs")
+    rows, epochs = _rows(folder), run_folder.read_json(folder / CONFIG).get("epochs")
     if rows and isinstance(epochs, int) and rows[-1].epoch >= epochs:
         raise FileExistsError(
             f"{folder} holds the metrics of a complete run of {epochs} epochs, but none of its checkpoints. Nothing "

@@ -17,9 +17,9 @@ from experiments import files, plots, recipes, tables
 from experiments.compare import compare
 from experiments.configs import Compare, Run, Tune
 from experiments.jobs import Result
-from experiments.names import unknown
 from experiments.overrides import find
 from experiments.recipes import CrSam, Recipe
+from experiments.suggestions import unknown
 from experiments.tune import tune
 
 MAIN = ("base", "base,ema=0.99", "sam", "asam", "crsam", "sam-late", "crsam-late", "msam", "s2sam")

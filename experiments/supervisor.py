@@ -208,7 +208,7 @@ class _Supervisor:
         return 1
 
     def _resumption(self) -> str:
-        from experiments.runs import steps_of
+        from experiments.run_folder import steps_of
 
         steps = steps_of(self._folder) if self._folder else []
         start = f"from step {steps[-1]}" if steps else "from the start, as there is no checkpoint"

@@ -9,7 +9,7 @@ from pathlib import Path
 import jax
 from rich.console import Console
 
-from experiments import conditions, ranges, runs, scale, supervisor
+from experiments import conditions, devices, ranges, run_folder, supervisor
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.inputs import note_of, open_inputs
@@ -54,11 +54,11 @@ def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> P
 
 
 def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Path:
-    mesh = scale.start(run)
+    mesh = devices.start(run)
     is_first = jax.process_index() == 0
     supervisor.tell(folder=str(folder))
     console = Console(quiet=quiet or not is_first, soft_wrap=True, highlight=False)
-    runs.check_free(recipe, folder)
+    run_folder.check_free(recipe, folder)
     check_not_lost(folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
@@ -67,12 +67,12 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
         if not console.is_terminal and not console.quiet:
             print("compiling ...", file=sys.stderr, flush=True)
         program = make_program(recipe, inputs.signature, mesh)
-        scale.wait_for_all("checked")
+        devices.wait_for_all("checked")
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(runs.locked(folder))
+            stack.enter_context(run_folder.locked(folder))
             clear_way(folder)
-            runs.save_config(recipe, folder)
+            run_folder.save_config(recipe, folder)
             changed = conditions.changed(folder, mesh)
             conditions.note(folder, mesh)
         steps = inputs.signature.steps_per_epoch

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import arms, jobs, plots, ranges, runs, tables
+from experiments import arms, jobs, plots, ranges, run_folder, tables
 from experiments.configs import Run, Tune
 from experiments.jobs import Job
 from experiments.overrides import Changes, changed
@@ -79,7 +79,7 @@ def tune(name: str, recipe: Recipe, config: Tune, changes: Changes, run: Run) ->
     tables.write(folder / "runs.csv", [jobs.read_result(job) for found in rounds for job in _in_turn(found)])
     plots.trials(rows, list(dict.fromkeys(key for space in spaces.values() for key in space)), folder / "trials.png")
     tuned = dataclasses.replace(common, per_method=common.per_method | best)
-    runs.save_json(dataclasses.asdict(tuned), folder / f"{name}-tuned.json")
+    run_folder.save_json(dataclasses.asdict(tuned), folder / f"{name}-tuned.json")
     print(f"Trials and the best are in {folder}: trials.csv, runs.csv, trials.png, {name}-tuned.json.")
     return folder
 

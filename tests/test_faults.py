@@ -26,7 +26,7 @@ from experiments.configs import Run
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.program import State
 from experiments.restore import restore
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 from experiments.train import train
 
 RECIPE = dataclasses.replace(

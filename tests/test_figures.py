@@ -14,6 +14,7 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 from experiments import recipes, tables
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Figures, Run
+from experiments.devices import start
 from experiments.figures import command, measures
 from experiments.figures.command import CURVATURE, RATIO, SURFACE
 from experiments.figures.drawings import cells, grid_of, interactive
@@ -29,7 +30,6 @@ from experiments.figures.snapshots import Snapshot, Trained, find_runs, snapshot
 from experiments.inputs import load, signature_of
 from experiments.logs import EpochRow
 from experiments.program import make_program
-from experiments.scale import start
 
 pytestmark = pytest.mark.usefixtures("compiled")
 

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("tyro", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import cli, inputs, jobs, logs, program, recipes, runs, tables
+from experiments import cli, inputs, jobs, logs, program, recipes, run_folder, tables
 from experiments.jobs import Job
 from experiments.logs import EpochRow
 
@@ -102,7 +102,7 @@ def test_each_mistake_of_json_is_one_line(content, said, refused):
 def test_a_bytes_mark_that_is_no_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ValueError, match="damaged, or not JSON"):
-        runs.read_json(tmp_path / "config.json")
+        run_folder.read_json(tmp_path / "config.json")
 
 
 def test_settings_on_the_command_line_are_checked_alike():
@@ -119,10 +119,10 @@ def test_a_config_whose_epochs_are_null_is_another_run(tmp_path):
     for value in (None, "10", [1], {"a": 1}):
         (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"epochs": value}))
         with pytest.raises(FileExistsError, match="holds another run"):
-            runs.check_free(recipe, tmp_path)
+            run_folder.check_free(recipe, tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(SETTINGS | {"model": "x" * 100_000}))
     with pytest.raises(FileExistsError) as error:
-        runs.check_free(recipe, tmp_path)
+        run_folder.check_free(recipe, tmp_path)
     assert len(str(error.value)) < 1500
 
 

@@ -18,7 +18,7 @@ from experiments.data import imagenet
 from experiments.evaluate import evaluate_run
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.restore import restore
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 from experiments.train import train
 from tests.prepared import prepare
 

@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import checksums, files, runs, tables
+from experiments import checksums, files, run_folder, tables
 from experiments.checkpoints import Checkpoints, altered
 from experiments.resume import clear_way
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 from tests.test_checkpoints import assert_is, contents, resumed, run, state_of
 
 __all__ = ["run"]  # the fixture
@@ -49,7 +49,7 @@ def test_an_empty_folder_with_a_view_is_free(tmp_path):
     from experiments import recipes
 
     (tmp_path / ".DS_Store").write_text("view")
-    runs.check_free(recipes.get("digits"), tmp_path)
+    run_folder.check_free(recipes.get("digits"), tmp_path)
 
 
 def test_a_file_in_the_place_of_a_checkpoint_or_of_all(run, capsys):
@@ -95,7 +95,7 @@ def test_damage_of_the_wrong_kind_is_found_without_waiting(run):
     (run / "config.json").unlink()
     os.mkfifo(run / "config.json")
     with pytest.raises(ValueError, match="named pipe"):
-        runs.read_json(run / "config.json")
+        run_folder.read_json(run / "config.json")
 
 
 @pytest.mark.parametrize("name", ["lock", "config.json.partial", "metrics.csv.partial", "metrics.csv"])
@@ -106,7 +106,7 @@ def test_nothing_is_written_through_a_symbolic_link(name, tmp_path):
     target.write_text("precious\n")
     (folder / name).symlink_to(target)
     if name == "lock":
-        with pytest.raises(FileExistsError, match="symbolic link"), runs.locked(folder):
+        with pytest.raises(FileExistsError, match="symbolic link"), run_folder.locked(folder):
             pass
     elif name == "metrics.csv":
         with pytest.raises(FileExistsError, match="symbolic link"):

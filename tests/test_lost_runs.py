@@ -12,12 +12,12 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import conditions, interruptions, recipes, scale
+from experiments import conditions, devices, interruptions, recipes
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
 from experiments.logs import read_epochs
 from experiments.restore import restore
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 from experiments.train import train
 from tests.test_checkpoints import assert_is, contents, resumed, run, state_of
 
@@ -110,7 +110,7 @@ def test_a_run_notes_its_data(complete):
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="Linux")
 def test_other_conditions_are_told(tmp_path, monkeypatch):
-    mesh = scale.start(Run(devices=1))
+    mesh = devices.start(Run(devices=1))
     assert conditions.changed(tmp_path, mesh) == ""
     conditions.note(tmp_path, mesh)
     assert conditions.changed(tmp_path, mesh) == ""

@@ -189,13 +189,13 @@ def test_random_damages(run, tmp_path_factory, capsys):
 
 def assert_right_or_told(folder, kinds):
     """As ``train`` does: the configuration is written anew, what is in the way renamed, then the run resumes."""
-    from experiments import runs
+    from experiments import run_folder
     from experiments.resume import clear_way
 
     signal.alarm(60)
     try:
         clear_way(folder)
-        runs.save_json({"epochs": 4, "seed": 1}, folder / "config.json")
+        run_folder.save_json({"epochs": 4, "seed": 1}, folder / "config.json")
         state, position = resumed(folder)
     except (FileExistsError, ValueError) as error:
         if len(str(error).splitlines()) != 1:

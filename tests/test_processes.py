@@ -19,7 +19,7 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 
 from experiments.configs import Run
 from experiments.restore import restore
-from experiments.runs import locked, steps_of
+from experiments.run_folder import locked, steps_of
 
 ROOT = Path(__file__).parents[1]
 LONG, SHORT = "100000", "3"

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import arms, judge, program, recipes, scale
+from experiments import arms, devices, judge, program, recipes
 from experiments.augment import normalize
 from experiments.configs import Run
 from experiments.inputs import open_inputs
@@ -27,7 +27,7 @@ RECIPE = dataclasses.replace(
 
 
 def opened(recipe):
-    mesh = scale.start(Run(devices=1))
+    mesh = devices.start(Run(devices=1))
     inputs = open_inputs(recipe, mesh)
     return inputs, make_program(recipe, inputs.signature, mesh)
 

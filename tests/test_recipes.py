@@ -16,7 +16,7 @@ pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import optimizers, overrides, readiness, recipes, runs
+from experiments import optimizers, overrides, readiness, recipes, run_folder
 from experiments.inputs import load
 from experiments.logs import EpochRow, Log, read_epochs, read_steps
 from experiments.models import parameter_count
@@ -52,11 +52,11 @@ def test_every_row_of_the_paper_is_a_recipe():
 
 @pytest.mark.parametrize("name", recipes.RECIPES)
 def test_a_recipe_survives_its_file(name, tmp_path):
-    runs.save_config(recipes.get(name), tmp_path)
+    run_folder.save_config(recipes.get(name), tmp_path)
     assert json.loads((tmp_path / "config.json").read_text())["epochs"] == recipes.get(name).epochs
     found = overrides.find(str(tmp_path / "config.json"))
     assert json.dumps(dataclasses.asdict(found)) == json.dumps(dataclasses.asdict(recipes.get(name)))
-    runs.check_free(found, tmp_path)
+    run_folder.check_free(found, tmp_path)
 
 
 def test_misspelt_names_suggest_the_right_one():
@@ -136,9 +136,13 @@ def test_a_log_drops_what_lies_after_the_checkpoint(tmp_path):
 
 
 def test_one_writer_at_a_time(tmp_path):
-    with runs.locked(tmp_path), pytest.raises(FileExistsError, match="Another process"), runs.locked(tmp_path):
+    with (
+        run_folder.locked(tmp_path),
+        pytest.raises(FileExistsError, match="Another process"),
+        run_folder.locked(tmp_path),
+    ):
         pass
-    with runs.locked(tmp_path):
+    with run_folder.locked(tmp_path):
         pass
 
 

@@ -24,7 +24,7 @@ from experiments.evaluate import evaluate_run
 from experiments.export import export
 from experiments.logs import Log, read_epochs, read_steps
 from experiments.restore import restore
-from experiments.runs import steps_of
+from experiments.run_folder import steps_of
 from experiments.train import train
 
 ROOT = Path(__file__).parents[1]

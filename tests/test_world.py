@@ -14,7 +14,7 @@ import pytest
 
 pytest.importorskip("tensorflow_datasets", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import cli, scale
+from experiments import cli, devices
 from experiments.configs import Run
 from experiments.data import vision
 from experiments.inputs import open_inputs
@@ -173,7 +173,7 @@ def test_streamed_data_that_is_damaged_is_an_error_that_names_it(how, data_dir, 
     damaged("imagenet2012/*/*-train.*", how)
 
     def epoch():
-        inputs = open_inputs(RECIPE, scale.start(run), run)
+        inputs = open_inputs(RECIPE, devices.start(run), run)
         for step in range(4):
             inputs.feed(step)
 

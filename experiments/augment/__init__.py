@@ -7,7 +7,7 @@ from jax.typing import DTypeLike
 from experiments.augment.autoaugment import autoaugment
 from experiments.augment.basic import basic, cutout, random_flip
 from experiments.augment.inception import inception_crop
-from experiments.names import unknown
+from experiments.suggestions import unknown
 
 NAMES = ("none", "basic", "cutout", "autoaugment", "inception")
 

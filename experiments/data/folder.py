@@ -12,7 +12,7 @@ from experiments import files
 from experiments.data import cache
 from experiments.data.dataset import Dataset, Split, assemble
 from experiments.data.images import common_form, pixels
-from experiments.names import unknown
+from experiments.suggestions import unknown
 
 SPLITS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "val", "valid")}
 """The names of the folders of each split."""

@@ -10,13 +10,13 @@ import jax
 
 from experiments.checkpoints import Checkpoints, check
 from experiments.configs import Run
+from experiments.devices import start
 from experiments.inputs import Signature
 from experiments.logs import EpochRow, read_epochs
 from experiments.optimizers import method_of
 from experiments.program import make_program
 from experiments.recipes import Recipe
 from experiments.restore import read_recipe
-from experiments.scale import start
 
 # What may differ between runs that are drawn together.
 _OWN = {"method", "seed", "sam", "asam", "crsam", "msam", "s2sam", "late_start", "learning_rate", "weight_decay"}

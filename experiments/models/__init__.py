@@ -14,8 +14,8 @@ from experiments.models.convnet import ConvNet
 from experiments.models.layers import Layers, Shape
 from experiments.models.residual import BasicBlock, Bottleneck, PyramidNet, ResNet, WideResNet
 from experiments.models.vit import VisionTransformer
-from experiments.names import unknown
 from experiments.sources import in_python_file
+from experiments.suggestions import unknown
 
 _NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "resnet8": (ResNet, {"stage_sizes": (1, 1, 1), "block": BasicBlock, "width": 16}),  # He et al.'s least of 3 stages

@@ -17,9 +17,10 @@ pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments import recipes, scale
+from experiments import recipes
 from experiments.configs import Run
 from experiments.data.dataset import Dataset, Split
+from experiments.devices import start
 from experiments.inputs import in_memory, open_inputs
 from experiments.program import make_program
 
@@ -48,7 +49,7 @@ def eight_devices():
 def train(devices, steps=6, **changes):
     """Losses of the first steps, and the state after them."""
     recipe = dataclasses.replace(RECIPE, **changes)
-    mesh = scale.start(Run(devices=devices))
+    mesh = start(Run(devices=devices))
     inputs = in_memory(recipe, DATA, mesh)
     program = make_program(recipe, inputs.signature, mesh)
     state, losses = program.init(recipe.seed), []
@@ -76,7 +77,7 @@ def test_eight_devices_train_as_one(alone):
 def losses_of(devices, params, model_state, images, labels, **changes):
     """Loss, gradient, new model state and right answers of one batch, as the program of a mesh sees it."""
     recipe = dataclasses.replace(RECIPE, **changes)
-    mesh = scale.start(Run(devices=devices))
+    mesh = start(Run(devices=devices))
     program = make_program(recipe, in_memory(recipe, DATA, mesh).signature, mesh)
     evaluate = jax.jit(jax.value_and_grad(program.loss_fn, has_aux=True))
     (loss, (model_state, correct)), grads = evaluate(params, model_state, images, labels)
@@ -111,9 +112,9 @@ def test_accumulation_perturbs_for_the_whole_batch():
 
 def test_a_batch_that_devices_cannot_share_is_refused():
     with pytest.raises(ValueError, match=r"32 cannot be shared equally by 8 devices in 3 part.*--batch-size"):
-        open_inputs(dataclasses.replace(RECIPE, accumulate=3), scale.start(Run(devices=8)))
+        open_inputs(dataclasses.replace(RECIPE, accumulate=3), start(Run(devices=8)))
     with pytest.raises(ValueError, match="--devices 99"):
-        scale.start(Run(devices=99))
+        start(Run(devices=99))
 
 
 @pytest.mark.slow
@@ -125,13 +126,13 @@ def test_two_processes_train_as_one(tmp_path, cache_folder):
     train_ = [sys.executable, "-m", "experiments", "train", "digits-convnet", "--method", "sam", "--epochs", "2"]
     train_ += ["--model-options.width", "4", "--log-steps", "5"]
     processes = [
-        start([*train_, "--out", str(tmp_path / "two"), "--distributed", "--coordinator", coordinator,
+        launched([*train_, "--out", str(tmp_path / "two"), "--distributed", "--coordinator", coordinator,
                "--num-processes", "2", "--process-id", str(index)], cache_folder)
         for index in (0, 1)
     ]  # fmt: skip
     outputs = [process.communicate(timeout=400)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    alone = start([*train_, "--out", str(tmp_path / "one")], cache_folder)
+    alone = launched([*train_, "--out", str(tmp_path / "one")], cache_folder)
     output, _ = alone.communicate(timeout=400)
     assert alone.returncode == 0, output
     two, one = (
@@ -143,7 +144,7 @@ def test_two_processes_train_as_one(tmp_path, cache_folder):
     assert "2 x cpu" in (tmp_path / "two" / "environment.jsonl").read_text()
 
 
-def start(command, cache_folder):
+def launched(command, cache_folder):
     environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": str(cache_folder)}
     return subprocess.Popen(
         command, cwd=Path(__file__).parents[1], env=environment, text=True, stdout=subprocess.PIPE,
