@@ -123,6 +123,17 @@ def test_images_of_several_sizes_become_squares(photos, tmp_path):
     assert (found.train.images[10, :, 1:-1] == 200).all()
 
 
+def test_photographs_are_turned_as_their_camera_says(photos, tmp_path):
+    pixels = np.zeros((40, 40), np.uint8)
+    pixels[:20] = 200  # the upper half, which was the right one
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.fromarray(pixels).save(photos / "train" / "class_0" / "turned.jpg", exif=exif)
+    found = folder.load(photos, 16, tmp_path / "cache").train.images[10, ..., 0].astype(int)
+    assert found[:, 9:].min() > 150
+    assert found[:, :7].max() < 50
+
+
 def test_without_test_data_a_fifth_is_held_out(photos, tmp_path):
     (photos / "test").rename(tmp_path / "elsewhere")
     found = folder.load(photos, 64, tmp_path / "cache")

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 _GREY, _DEEP = ("1", "L", "LA"), ("I", "F", "I;16", "I;16B", "I;16L")
 
@@ -37,6 +37,8 @@ def common_form(images: Iterable[tuple[str, Image.Image]], side: int) -> Form:
 
 def pixels(image: Image.Image, form: Form) -> np.ndarray:
     """An image as uint8 [height, width, channels]; scaled ones are cropped to the central part of the right shape."""
+    if form.size is not None:
+        image = ImageOps.exif_transpose(image)  # as it was photographed; its header has the size before
     image = image.convert(form.mode)
     if form.size is not None and image.size != form.size:
         scale = min(image.width / form.size[0], image.height / form.size[1])
