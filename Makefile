@@ -3,11 +3,17 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PARALLEL := --numprocesses auto --maxprocesses 4
+# The data sets that slow tests read, if TFDS prepared some beside the repository.
+DATA := $(abspath $(wildcard ../shared/tfds))
 
 .PHONY: demo test test-slow test-whole test-newest docs lint types wheel address clean
 
 demo: $(VENV)/.experiments  ## SGD, SAM and CR-SAM on scikit-learn's digits: a table, metrics and a plot
 	$(BIN)/python -m experiments compare digits
+
+ifneq ($(DATA),)
+test test-slow test-whole: export TFDS_DATA_DIR ?= $(DATA)
+endif
 
 test: $(VENV)/.dev  ## tests, docstring examples and the examples of README.md and docs/
 	$(BIN)/python -m pytest $(PARALLEL)

@@ -4,6 +4,8 @@ import os
 import signal
 import sys
 
+_TRAINING = {"train", "compare", "tune", "study", "radius", "sensitivity"}
+
 
 def main() -> int:
     """Runs one subcommand; an error that the user can fix, or an interruption, is one line and not a traceback."""
@@ -13,6 +15,8 @@ def main() -> int:
     terminal.prepare()
     from experiments import supervisor
 
+    if {*sys.argv[1:2]} & _TRAINING and not {"-h", "--help", "--distributed"} & {*sys.argv}:
+        print("loading ...", file=sys.stderr, flush=True)  # the libraries take a while
     if "--distributed" in sys.argv and not supervisor.is_supervised():
         return supervisor.supervise(sys.argv[1:])
     if supervisor.is_supervised():

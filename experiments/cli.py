@@ -1,18 +1,19 @@
 """The command line: a function a subcommand, whose parameters are its options and whose docstring is its help."""
 
+import ast
 import dataclasses
 import functools
-import importlib
+import importlib.util
 import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import jax
 import tyro
 
-from experiments import arms, configs, home, recipes, tables
+from experiments import arms, configs, home, recipes, sources, tables
 from experiments.overrides import find, parse, read
 from experiments.quiet import quiet_libraries
 from experiments.ranges import flat
@@ -43,7 +44,8 @@ def train(
     """Train one network. After an interruption the same command goes on where the run was.
 
     Args:
-        name: The recipe, or a file: `list` shows all, `tune` writes files, a run's config.json is one.
+        name: The recipe (`list` shows all), a JSON file with one (`tune` writes them, a run's config.json is one),
+            FILE.py:RECIPE, or own data: a folder of images, an .npz file or tfds:NAME.
         recipe: What to train; the defaults are the recipe's own.
         overrides: Changes to it.
         run: How.
@@ -52,7 +54,7 @@ def train(
 
     changes, base = _changes(recipe, overrides), find(name)
     method, seed = changes.get("method", base.method), changes.get("seed", base.seed)
-    train(_title(name), arms.resolve(base, method, changes, seed), run)
+    train(sources.title(name), arms.resolve(base, method, changes, seed), run)
 
 
 def compare(
@@ -72,8 +74,8 @@ def compare(
 
     changes = _changes(recipe, overrides, without=("method", "seed"))
     for name in names:
-        out = run.out / _title(name) if run.out and len(names) > 1 else run.out
-        compare(_title(name), find(name), config, changes, dataclasses.replace(run, out=out))
+        out = run.out / sources.title(name) if run.out and len(names) > 1 else run.out
+        compare(sources.title(name), find(name), config, changes, dataclasses.replace(run, out=out))
 
 
 def tune(
@@ -91,7 +93,7 @@ def tune(
     """
     from experiments.tune import tune
 
-    tune(_title(name), find(name), config, _changes(recipe, overrides, without=("method", "seed")), run)
+    tune(sources.title(name), find(name), config, _changes(recipe, overrides, without=("method", "seed")), run)
 
 
 def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | None = None) -> None:
@@ -105,7 +107,7 @@ def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | Non
     """
     from experiments.sensitivity import sensitivity
 
-    title = _title(name)
+    title = sources.title(name)
     run = dataclasses.replace(_ONCE, out=out or Path("results") / title / "sensitivity")
     sensitivity(title, find(name), seeds, processes, run)
 
@@ -123,21 +125,21 @@ def list_recipes() -> None:
 
 
 def contact_sheet(
-    dataset: Literal["cifar10", "cifar100", "fashion_mnist"], out: Path = Path("contact-sheet.png"),
+    dataset: str, out: Path = Path("contact-sheet.png"),
     data_dir: Path | None = None, seed: int = 0,
 ) -> None:  # fmt: skip
     """Draw training images, and what each augmentation makes of them.
 
     Args:
-        dataset: The data set whose images are drawn.
+        dataset: The data set whose images are drawn, as in a recipe.
         out: The picture to write.
         data_dir: Folder of the data sets that TFDS prepared.
         seed: The seed of the random choices.
     """
     from experiments.augment.contact_sheet import draw_contact_sheet
-    from experiments.data import vision
+    from experiments.data import catalog
 
-    draw_contact_sheet(out, vision.load(dataset, data_dir), seed=seed)
+    draw_contact_sheet(out, catalog.load(dataset, data_dir), seed=seed)
     print(f"Drawn: {out}")
 
 
@@ -145,7 +147,7 @@ def main() -> int:
     """Runs one subcommand; an error that the user can mend is one line, not a traceback."""
     command, *arguments = sys.argv[1:] or [""]
     try:
-        functions = {name: _function(name) for name in ([command] if command in COMMANDS else COMMANDS)}
+        functions = {command: _function(command)} if command in COMMANDS else {name: _stub(name) for name in COMMANDS}
         if command in _WITH_RECIPE:
             # A command line names its recipe first, whose values become the options' defaults.
             recipe = find(arguments[0] if arguments and not arguments[0].startswith("-") else "digits")
@@ -153,7 +155,7 @@ def main() -> int:
         _keep_compiled_programs()
         quiet_libraries()
         tyro.extras.subcommand_cli_from_dict(
-            functions, prog="python -m experiments", description="Experiments around crsam_jax.",
+            functions, prog=_program(), description="Experiments around crsam_jax.",
             config=(tyro.conf.PositionalRequiredArgs,),
         )  # fmt: skip
     except KeyboardInterrupt:
@@ -170,16 +172,33 @@ def _function(command: str) -> Any:
     return getattr(importlib.import_module(f"experiments.{module}"), name)
 
 
+def _stub(command: str) -> Any:
+    """A function with the help of a command, read from its source: to import all of them takes seconds."""
+    module, _, name = COMMANDS[command].partition(":")
+    spec = importlib.util.find_spec(f"experiments.{module}")
+    assert spec is not None
+    assert spec.origin is not None
+    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
+    [found] = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == name)
+
+    def stub() -> None:
+        """Never called: a command that is named is imported."""
+
+    stub.__doc__ = ast.get_docstring(found)
+    return stub
+
+
+def _program() -> str:
+    """How the command was started, for its help."""
+    started = Path(sys.argv[0]).name
+    return started if started == "crsam-experiments" else "python -m experiments"
+
+
 def _in_words(error: Exception) -> str:
     """What an error says; one of the system without its number, and with the file that it is about."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return str(error)
-
-
-def _title(name: str) -> str:
-    """What a recipe, or a file with one, is called in folders."""
-    return Path(name).stem if name.endswith(".json") else name
 
 
 def _changes(recipe: recipes.Recipe, overrides: configs.Overrides, without: tuple[str, ...] = ()) -> dict[str, Any]:

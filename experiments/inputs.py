@@ -11,7 +11,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from experiments.configs import Run
-from experiments.data import digits, imagenet, source, subset, vision
+from experiments.data import catalog, imagenet, source, subset
 from experiments.data.dataset import Dataset, Split, check_labels
 from experiments.interruptions import held_back
 from experiments.recipes import Recipe
@@ -72,16 +72,21 @@ def open_inputs(recipe: Recipe, mesh: Mesh, run: Run = Run()) -> Inputs:  # noqa
 def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
     """A small data set with the recipe's validation split, subset and label noise; moments are of the whole.
 
+    The validation data is what ``validation_fraction`` holds out, or else the data set's own.
+
     What is held out does not depend on the seed, and neither does its complement, which subsets are drawn from: a
     search on the validation data trains on as many images as the runs that follow.
     """
-    dataset = _whole(recipe.dataset, data_dir)
-    train, test = dataset.train, dataset.test
+    dataset = _whole(recipe.dataset, data_dir, recipe.image_size)
+    train, test, validation = dataset.train, dataset.test, dataset.validation
     if recipe.validation_fraction:
         train, validation = subset.split_validation(train, recipe.validation_fraction, seed=0)
-        test = validation if recipe.evaluate_on == "validation" else test
-    elif recipe.evaluate_on == "validation":
-        raise ValueError("There is no validation data to evaluate on: hold some out with --validation-fraction 0.1.")
+    if recipe.evaluate_on == "validation":
+        if validation is None:
+            raise ValueError(
+                "There is no validation data to evaluate on: hold some out with --validation-fraction 0.1."
+            )
+        test = validation
     if recipe.examples_per_class is not None:
         train = subset.take_per_class(train, recipe.examples_per_class, recipe.seed)
     if recipe.test_examples_per_class is not None:
@@ -89,6 +94,13 @@ def load(recipe: Recipe, data_dir: Path | None = None) -> Dataset:
     if recipe.label_noise:
         train = subset.with_label_noise(train, recipe.label_noise, dataset.num_classes, recipe.seed)
     return dataset._replace(train=train, test=test)
+
+
+def note_of(recipe: Recipe, data_dir: Path | None = None) -> str:
+    """What was found, in a line, if the data is the user's own; else empty."""
+    if recipe.dataset == "imagenet2012":
+        return ""
+    return _whole(recipe.dataset, data_dir, recipe.image_size).note
 
 
 def signature_of(recipe: Recipe, data_dir: Path | None = None) -> Signature:
@@ -111,7 +123,9 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
     signature, examples = signature_in_memory(recipe, dataset), len(dataset.train.labels)
     steps = signature.steps_per_epoch
     if not steps:
-        raise ValueError(f"{examples} training examples do not fill a batch of {recipe.batch_size}.")
+        raise ValueError(
+            f"{examples} training examples do not fill a batch of {recipe.batch_size}: choose a smaller --batch-size."
+        )
     images, labels = (_everywhere(array, mesh) for array in dataset.train)
     order: dict[int, jax.Array] = {}  # of the current epoch
 
@@ -201,6 +215,6 @@ def _shared(local: tuple[np.ndarray, np.ndarray], mesh: Mesh) -> Batch:
 
 
 @cache
-def _whole(name: str, data_dir: Path | None) -> Dataset:
+def _whole(name: str, data_dir: Path | None, image_size: int) -> Dataset:
     """All of a data set; the runs of a process share it."""
-    return digits.load() if name == "digits" else vision.load(name, data_dir)
+    return catalog.load(name, data_dir, image_size)

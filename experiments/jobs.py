@@ -18,7 +18,7 @@ from rich.console import Console
 from experiments import ranges, runs
 from experiments.checkpoints import altered
 from experiments.configs import Run
-from experiments.inputs import signature_of
+from experiments.inputs import note_of, signature_of
 from experiments.interruptions import end_with_parent, held_back, raised
 from experiments.logs import EpochRow, read_epochs
 from experiments.optimizers import METHODS
@@ -26,6 +26,7 @@ from experiments.progress import Bar
 from experiments.quiet import quiet_libraries
 from experiments.ranges import flat
 from experiments.recipes import Recipe
+from experiments.sources import is_own
 from experiments.train import train
 
 
@@ -92,6 +93,8 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
     for job in jobs:
         runs.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]
+    for dataset in dict.fromkeys(job.recipe.dataset for job in missing if is_own(job.recipe.dataset)):
+        print(note_of(next(job.recipe for job in missing if job.recipe.dataset == dataset), run.data_dir))
     with Bar(console := Console(), len(jobs), len(jobs) - len(missing), "runs", "training") as bar:
 
         def show(job: Job) -> None:

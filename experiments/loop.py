@@ -57,7 +57,7 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
                 log.step(step, {"loss": float(state.loss)} | diagnostics(state.opt_state))
             if is_logged or is_end or step == first + 1:
                 _check_finite(training, state)
-                bar.update(step, *_texts(recipe, state, per_epoch, clock))
+                bar.update(step, *_texts(recipe, state, per_epoch, clock), is_due=is_end)
             if step == first + 1 and not is_end:  # where there is other time to measure
                 clock.restart()  # without the compilation
             if is_end and (warning := watch.warning(state.opt_state)):

@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from experiments import models
+from experiments import models, python_files
 from experiments.inputs import Signature
 from experiments.recipes import Recipe
+from experiments.sources import in_python_file
 
 LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 """``(params, model_state, images, labels) -> loss, (new model state, right answers)``."""
@@ -44,7 +45,12 @@ def make_network(recipe: Recipe, signature: Signature, groups: int = 1) -> Netwo
         rngs = nnx.Rngs(jax.random.key(seed))
         return models.build(recipe.model, signature.num_classes, shape, rngs, recipe.dtype, **options)
 
-    graphdef = nnx.graphdef(nnx.eval_shape(lambda: make_model(0)))
+    abstract = nnx.eval_shape(lambda: make_model(0))
+    graphdef = nnx.graphdef(abstract)
+    if in_python_file(recipe.model):
+        images = jax.ShapeDtypeStruct((2, *shape), jnp.float32)
+        logits_of = lambda model, images: python_files.told(recipe.model, partial(model, images))
+        models.check_logits(recipe.model, nnx.eval_shape(logits_of, abstract, images), 2, signature.num_classes)
 
     def init(seed: int | jax.Array) -> tuple[Any, Any]:
         model = make_model(seed)

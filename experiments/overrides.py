@@ -9,10 +9,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from experiments import recipes, runs
+from experiments import python_files, recipes, runs
 from experiments.names import unknown
 from experiments.ranges import check, flat
 from experiments.recipes import Recipe
+from experiments.sources import absolute, in_python_file, is_own, is_path
 
 Changes = Mapping[str, Any]
 """From dotted names to values."""
@@ -35,6 +36,8 @@ def changed(recipe: Recipe, changes: Changes) -> Recipe:
         if head not in kinds:
             raise unknown("setting", key, flat(recipe))
         value = with_one(getattr(node, head), tail, key, value) if tail else value
+        if key in ("dataset", "model") and isinstance(value, str):
+            value = absolute(value)
         return dataclasses.replace(node, **{head: _checked(key, value, kinds[head])})
 
     for key, value in changes.items():
@@ -66,15 +69,47 @@ def read(path: Path) -> dict[str, Any]:
 
 
 def find(name: str) -> Recipe:
-    """A recipe by its name, or from a file ending in .json: one that ``tune`` wrote, or the config.json of a run."""
+    """A recipe by its name, or of other forms.
+
+    Args:
+      name: of a recipe; a file ending in .json, one that ``tune`` wrote or the config.json of a run; FILE.py:RECIPE;
+        or data of the user, a path or ``tfds:NAME``, with the settings of :func:`experiments.recipes.for_data`.
+    """
+    if in_python_file(name):
+        return _in_file(name)
     if not name.endswith(".json"):
-        return recipes.get(name)
+        return _for_data(name) if is_own(name) else recipes.get(name)
     settings = read(Path(name))
     try:
         recipe = from_settings(settings)
         check(recipe)
     except ValueError as error:
         raise ValueError(f"{name}: {error}") from error
+    return recipe
+
+
+def _for_data(name: str) -> Recipe:
+    if not is_path(name):
+        return recipes.for_data(name, has_validation=False)
+    from experiments.data import arrays, folder  # here: other recipes need neither
+
+    path = Path(name).expanduser()
+    return recipes.for_data(name, (arrays if path.suffix == ".npz" else folder).has_validation(path))
+
+
+def _in_file(name: str) -> Recipe:
+    """The recipe that a Python file defines; its data and network may be of the same file, as ``:NAME``."""
+    recipe = python_files.find(name)
+    if not isinstance(recipe, Recipe):
+        raise ValueError(f"{name} must be a Recipe of experiments.recipes, got {type(recipe).__name__}.")
+    file = name.rpartition(":")[0]
+    here = {
+        key: file + value
+        for key in ("dataset", "model")
+        if isinstance(value := getattr(recipe, key), str) and value.startswith(":")
+    }
+    recipe = from_settings(flat(recipe) | here)
+    check(recipe)
     return recipe
 
 

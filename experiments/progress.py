@@ -2,6 +2,9 @@
 
 import contextlib
 import dataclasses
+import datetime
+import math
+import sys
 import time
 from collections.abc import Collection, Iterator
 from typing import Self, TypeVar
@@ -47,24 +50,33 @@ class Clock:
 class Bar:
     """A progress bar with a count and the time that is left, whole on every terminal, and as much text as fits.
 
-    Without a terminal there is no bar, and only what is printed remains.
+    Without a terminal there is no bar. What is printed remains, and stderr says from time to time how far it is.
     """
 
     def __init__(self, console: Console, total: int, completed: int = 0, unit: str = "steps", text: str = "compiling"):
         whole, bar = Column(no_wrap=True), BarColumn(40 if console.width >= 120 else 10)
         count, left = MofNCompleteColumn(table_column=whole), TimeRemainingColumn(table_column=whole)
         columns = _Parts(), bar, count, TextColumn(unit), TextColumn("ETA"), left  # a text is whole of its own
-        is_shown = console.is_terminal and not console.quiet and completed < total
+        is_left = not console.quiet and completed < total
+        is_shown = console.is_terminal and is_left
+        self._lines = _Lines(total, completed, unit, text) if is_left and not is_shown else None
         self._progress = Progress(*columns, console=console, disable=not is_shown)
         self._task = self._progress.add_task("", total=total, completed=completed, parts=(text,))
 
-    def update(self, completed: int, *parts: str) -> None:
-        """Moves to a count; the parts of the text that do not fit are left out, from the last on."""
+    def update(self, completed: int, *parts: str, is_due: bool = False) -> None:
+        """Moves to a count; the parts of the text that do not fit are left out, from the last on.
+
+        ``is_due`` marks the end of an epoch, or the like, which a log file should tell of.
+        """
         self._progress.update(self._task, completed=completed, parts=parts)
+        if self._lines is not None:
+            self._lines.update(completed, parts, is_due)
 
     def advance(self, *parts: str) -> None:
         """Moves on by one."""
         self._progress.update(self._task, advance=1, parts=parts)
+        if self._lines is not None:
+            self._lines.update(self._lines.completed + 1, parts, is_due=True)
 
     def print(self, text: str) -> None:
         """Leaves a line above the bar."""
@@ -84,6 +96,30 @@ def track(items: Collection[Item], text: str, unit: str) -> Iterator[Item]:
         for item in items:
             yield item
             bar.advance(text)
+
+
+class _Lines:
+    """Tells on stderr how far the work is: at once, then each minute, and each second in which something is due."""
+
+    def __init__(self, total: int, completed: int, unit: str, text: str):
+        self._total, self._unit, self.completed = total, unit, completed
+        self._told = self._start = time.monotonic()
+        self._first: int | None = None
+        if unit != "steps":  # of which training itself says when it compiles
+            print(f"{text} ...", file=sys.stderr, flush=True)
+
+    def update(self, completed: int, parts: tuple[str, ...], is_due: bool) -> None:
+        now, self.completed = time.monotonic(), completed
+        if self._first is None and self._unit == "steps":  # the first step compiles, which no other does
+            self._first, self._start = completed, now
+        if completed < self._total and now - self._told < (1 if is_due else 60):
+            return
+        self._told = now
+        done = completed - (self._first or 0)
+        left = (now - self._start) * (self._total - completed) / done if done else math.nan
+        time_left = f"{datetime.timedelta(seconds=round(left))} left" if math.isfinite(left) else "time left unknown"
+        texts = *parts, f"{completed}/{self._total} {self._unit}", time_left
+        print("  ".join(texts), file=sys.stderr, flush=True)
 
 
 class _Parts(ProgressColumn):

@@ -19,6 +19,7 @@ import tyro
 
 from experiments.names import unknown
 from experiments.ranges import Count, NotNegative, Range, Share, ShareBelow1, option
+from experiments.sources import absolute, in_python_file, there_is_a_path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,10 +81,11 @@ class CrSam:
 class Recipe:
     """One training run, whole: equal recipes give equal parameters on equal hardware."""
 
-    dataset: Literal["cifar10", "cifar100", "fashion_mnist", "digits", "imagenet2012"]
-    """digits ships inside scikit-learn; the others are prepared by TFDS."""
+    dataset: str
+    """digits, which ships inside scikit-learn; a name of TFDS, such as cifar10; a folder with train/CLASS/*.png; an
+    .npz file; or FILE.py:FUNCTION, which returns arrays."""
     model: str
-    """A network of experiments.models."""
+    """A network of experiments.models, or FILE.py:FUNCTION, which makes one."""
     epochs: Count
     batch_size: Count
     """Images in a step, on all devices together."""
@@ -113,7 +115,7 @@ class Recipe:
     """inception on ImageNet happens in the input pipeline, the others inside the jitted step."""
     seed: Annotated[int, Range(0, 2**31 - 1)] = 0
     """The seed of initial weights, order, augmentations, subset and label noise."""
-    model_options: dict[str, int | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
+    model_options: dict[str, int | float | str | tuple[int, ...]] = dataclasses.field(default_factory=dict)
     """Changes to the network, such as its width."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """In which the network computes; parameters and losses are float32."""
@@ -132,7 +134,8 @@ class Recipe:
     evaluate_on: Literal["test", "validation"] = "test"
     """The test data, or what is held out."""
     image_size: Count = 224
-    """Side of ImageNet's crops in pixels."""
+    """Side of ImageNet's crops in pixels; images of a folder or of TFDS that are larger, or of several sizes, become
+    squares of it."""
     per_method: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = dataclasses.field(default_factory=dict)
     """Settings of single methods, from their names and the settings' names; their variants take them too."""
 
@@ -145,8 +148,9 @@ class Recipe:
         for arm, settings in self.per_method.items():
             if not isinstance(settings, dict):
                 raise ValueError(f"per_method.{arm} must be settings by name, got {str(settings)[:100]!r}.")
-        for name, value in self.model_options.items():
-            _check_model_option(name, value)
+        if in_python_file(self.model) is None:
+            for name, value in self.model_options.items():
+                _check_model_option(name, value)
         if self.dataset == "imagenet2012":
             for name in ("examples_per_class", "test_examples_per_class", "label_noise", "validation_fraction"):
                 if getattr(self, name):
@@ -247,6 +251,17 @@ REDUCED: dict[str, Recipe] = {
 RECIPES: dict[str, Recipe] = PAPER | REDUCED
 
 
+def for_data(name: str, has_validation: bool) -> Recipe:
+    """What data of the user is trained with where no recipe is named: a small ResNet, to be tuned.
+
+    Without validation data of its own a fifth of the training data is held out.
+    """
+    return Recipe(
+        absolute(name), "resnet8", epochs=30, batch_size=64, learning_rate=0.05, weight_decay=5e-4,
+        augmentation="none", image_size=64, validation_fraction=0.0 if has_validation else 0.2,
+    )  # fmt: skip
+
+
 def get(name: str) -> Recipe:
     """The recipe of that name; a ValueError has the close names.
 
@@ -255,5 +270,5 @@ def get(name: str) -> Recipe:
       0.15
     """
     if name not in RECIPES:
-        raise unknown("recipe", name, RECIPES)
+        raise ValueError(f"{unknown('recipe', name, RECIPES)}{there_is_a_path(name)}")
     return RECIPES[name]

@@ -74,6 +74,9 @@ class _Supervisor:
         ) else socket.create_server(("", 0))  # fmt: skip
         self._told, write_end = os.pipe()
         environment = os.environ | {_MARK: f"{write_end},{self._listener.getsockname()[1]}"}
+        # The child finds this package even if it lies inside another one in site-packages.
+        paths = str(Path(__file__).parents[1]), os.environ.get("PYTHONPATH", "")
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self._child = subprocess.Popen(
             [sys.executable, "-m", "experiments", *arguments], env=environment, stderr=subprocess.PIPE,
             pass_fds=[write_end], text=True, errors="replace",

@@ -12,7 +12,7 @@ from rich.console import Console
 from experiments import conditions, ranges, runs, scale, supervisor
 from experiments.checkpoints import Checkpoints
 from experiments.configs import Run
-from experiments.inputs import open_inputs
+from experiments.inputs import note_of, open_inputs
 from experiments.logs import Log
 from experiments.loop import Training, run_steps
 from experiments.program import make_program
@@ -62,6 +62,10 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
     check_not_lost(folder)
     with contextlib.ExitStack() as stack:
         inputs = open_inputs(recipe, mesh, run)
+        if note := note_of(recipe, run.data_dir):
+            console.print(note)
+        if not console.is_terminal and not console.quiet:
+            print("compiling ...", file=sys.stderr, flush=True)
         program = make_program(recipe, inputs.signature, mesh)
         scale.wait_for_all("checked")
         if is_first:

@@ -14,8 +14,8 @@ from experiments.data import imagenet, source, subset, vision
 from experiments.data.dataset import Split
 from tests.prepared import examples, png, prepare
 
-SHARED = Path(__file__).parents[2] / "shared" / "tfds"
-needs_shared = pytest.mark.skipif(not (SHARED / "cifar10").is_dir(), reason="no prepared data sets in ../shared/tfds")
+REAL = source.find_data_dir()
+needs_real_data = pytest.mark.skipif(not (REAL / "cifar10").is_dir(), reason="no prepared data sets in $TFDS_DATA_DIR")
 
 # Numbers with which these data sets are normalized everywhere.
 QUOTED = {
@@ -74,11 +74,11 @@ def test_channel_moments():
     np.testing.assert_allclose(std, (images / 255).std((0, 1, 2)), rtol=1e-12)
 
 
-@needs_shared
+@needs_real_data
 @pytest.mark.slow
 @pytest.mark.parametrize("name", QUOTED)
 def test_real_data_has_the_size_and_moments_everyone_quotes(name, tmp_path):
-    dataset = vision.load(name, SHARED, tmp_path)
+    dataset = vision.load(name, REAL, tmp_path)
     mean, std, shape, size = QUOTED[name]
     assert dataset.train.images.shape == (size, *shape)
     assert dataset.test.images.shape == (10_000, *shape)
@@ -113,10 +113,7 @@ def test_find_data_dir(monkeypatch, tmp_path):
     assert source.find_data_dir() == tmp_path
     assert source.find_data_dir("elsewhere") == Path("elsewhere")
     monkeypatch.delenv("TFDS_DATA_DIR")
-    monkeypatch.setattr(source, "PROJECT_ROOT", tmp_path / "project")
     assert source.find_data_dir() == Path.home() / "tensorflow_datasets"
-    (tmp_path / "shared" / "tfds").mkdir(parents=True)
-    assert source.find_data_dir() == tmp_path / "shared" / "tfds"
 
 
 def shades(batch):

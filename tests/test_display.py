@@ -68,6 +68,23 @@ def test_without_a_terminal_there_are_lines_alone():
     assert file.getvalue() == "x" * 100 + "\n"
 
 
+def test_without_a_terminal_stderr_says_how_far_it_is(monkeypatch, capsys):
+    now = iter([0.0, 8.0, 8.5, 12.0, 13.0, 80.0, 81.0])
+    monkeypatch.setattr("experiments.progress.time.monotonic", lambda: next(now))
+    with Bar(Console(file=io.StringIO(), width=80), 40) as bar:
+        bar.update(1, "epoch 1/4")  # compiled
+        bar.update(2, "epoch 1/4")
+        bar.update(10, "epoch 1/4", is_due=True)
+        bar.update(11, "epoch 2/4")
+        bar.update(19, "epoch 2/4")
+        bar.update(40, "epoch 4/4", is_due=True)
+    assert capsys.readouterr().err.splitlines() == [
+        "epoch 1/4  10/40 steps  0:00:13 left",
+        "epoch 2/4  19/40 steps  0:01:24 left",
+        "epoch 4/4  40/40 steps  0:00:00 left",
+    ]
+
+
 def test_track_passes_all_items_on():
     assert list(track([3, 1, 2], "counting", "numbers")) == [3, 1, 2]
 
@@ -134,7 +151,8 @@ def test_commands_in_a_terminal(columns, tmp_path, cache_folder):
     assert all(len(line) <= columns for line in bars)
     assert re.search(r"epoch 1/1 .* 20/20 steps ETA 0:00:00$", bars[-1])
     lines = in_terminal(train, columns, cache_folder)
-    assert "complete, 20 steps" in lines[0]
+    assert lines[0] == "loading ..."
+    assert "complete, 20 steps" in lines[1]
     assert not any("compiling" in line for line in lines)
     compare = ["compare", "digits", *one, "--methods", "base", "sam", "--seeds", "2", "--out", str(tmp_path / "c")]
     lines = in_terminal(compare, columns, cache_folder)

@@ -74,7 +74,7 @@ def nested(depth):
         ({"crsam": {"roh": 0.1}}, "no setting 'crsam.roh': did you mean 'crsam.rho'"),
         ({"crsam": {"penalty": "lnear"}}, "no value of crsam.penalty 'lnear': did you mean 'linear'"),
         ({"seed": True}, "seed must be of type int"),
-        ({"dataset": ["digits"]}, "no value of dataset"),
+        ({"dataset": ["digits"]}, "dataset must be of type str, got ['digits']"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
     ],
 )

@@ -55,7 +55,6 @@ def test_without_a_home_there_is_no_cache(tmp_path, monkeypatch):
     assert home.cache_folder() is None
     cli._keep_compiled_programs()
     assert len(vision.load("fashion_mnist", prepared(tmp_path)).test.labels) == 10
-    monkeypatch.setattr(source, "PROJECT_ROOT", tmp_path / "nowhere" / "project")
     with pytest.raises(FileNotFoundError, match="--data-dir"):
         source.find_data_dir()
 

@@ -4,11 +4,9 @@ Source: Optical Recognition of Handwritten Digits, UCI Machine Learning Reposito
 """
 
 import numpy as np
-from sklearn.datasets import load_digits
 
-from experiments.data.dataset import Dataset, Split
+from experiments.data.dataset import Dataset, Split, channel_moments
 from experiments.data.subset import divide
-from experiments.data.vision import channel_moments
 
 TRAINING_EXAMPLES_PER_CLASS = 100
 
@@ -18,6 +16,8 @@ def load() -> Dataset:
 
     The 17 grey levels take all of a byte's range.
     """
+    from sklearn.datasets import load_digits  # here: other data and every --help need no second for it
+
     digits = load_digits()
     images, labels = (15 * digits.images).astype(np.uint8)[..., None], digits.target.astype(np.int32)
     chosen, rest = divide(labels, dict.fromkeys(range(10), TRAINING_EXAMPLES_PER_CLASS), seed=0)

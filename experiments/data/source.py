@@ -1,6 +1,7 @@
 """Prepared TFDS data sets as random-access sources, without TensorFlow."""
 
 import contextlib
+import difflib
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -8,10 +9,9 @@ from typing import Any, TypeVar
 
 from experiments import home
 from experiments.interruptions import held_back
+from experiments.sources import there_is_a_path
 
 T = TypeVar("T")
-
-PROJECT_ROOT = Path(__file__).parents[2]
 
 # What has to be downloaded by hand before TFDS can prepare it.
 _BY_HAND = {
@@ -20,14 +20,11 @@ _BY_HAND = {
 
 
 def find_data_dir(data_dir: str | Path | None = None) -> Path:
-    """The folder of prepared data sets: the argument, else $TFDS_DATA_DIR, ../shared/tfds, ~/tensorflow_datasets."""
+    """The folder of prepared data sets: the argument, else $TFDS_DATA_DIR, ~/tensorflow_datasets."""
     if data_dir is not None:
         return Path(data_dir).expanduser()
     if "TFDS_DATA_DIR" in os.environ:
         return Path(os.environ["TFDS_DATA_DIR"]).expanduser()
-    beside = PROJECT_ROOT.parent / "shared" / "tfds"
-    if beside.is_dir():
-        return beside
     if (own := home.folder()) is None:
         raise FileNotFoundError("There is no home folder to look for data in: set TFDS_DATA_DIR, or use --data-dir.")
     return own / "tensorflow_datasets"
@@ -44,7 +41,13 @@ def find_builder(name: str, data_dir: str | Path | None = None) -> Any:
 
     folder = find_data_dir(data_dir)
     with undamaged(name, data_dir):
-        builder = tfds.builder(name, data_dir=folder)
+        try:
+            builder = tfds.builder(name, data_dir=folder)
+        except ValueError as error:
+            is_unknown = isinstance(error, tfds.core.registered.DatasetNotFoundError)
+            if is_unknown or str(error).startswith("Parsing builder name"):
+                raise _unknown(name, tfds.list_builders(with_community_datasets=False)) from error
+            raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
     command = _command(name, folder)
     if not builder.is_prepared():
         by_hand = _BY_HAND.get(name.partition("/")[0])
@@ -95,6 +98,13 @@ def read(batches: Iterable[T], name: str, data_dir: str | Path | None = None) ->
             if batch is None:
                 return
             yield batch
+
+
+def _unknown(name: str, known: list[str]) -> ValueError:
+    """The error for a name that TFDS does not know, with close ones; all of them would fill a screen."""
+    close = difflib.get_close_matches(name, ["digits", *known])
+    hint = f"did you mean {' or '.join(map(repr, close))}?" if close else "it is neither digits nor a name of TFDS."
+    return ValueError(f"There is no data set {name!r}: {hint}{there_is_a_path(name)}")
 
 
 def _command(name: str, folder: Path) -> str:

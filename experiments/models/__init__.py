@@ -1,4 +1,4 @@
-"""The networks of the paper, and two small ones, by name."""
+"""The networks of the paper, and two small ones, by name; and those that a user's file makes."""
 
 import inspect
 import math
@@ -9,11 +9,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
+from experiments import python_files
 from experiments.models.convnet import ConvNet
 from experiments.models.layers import Layers, Shape
 from experiments.models.residual import BasicBlock, Bottleneck, PyramidNet, ResNet, WideResNet
 from experiments.models.vit import VisionTransformer
 from experiments.names import unknown
+from experiments.sources import in_python_file
 
 _NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "resnet8": (ResNet, {"stage_sizes": (1, 1, 1), "block": BasicBlock, "width": 16}),  # He et al.'s least of 3 stages
@@ -43,7 +45,7 @@ def build(
     (Goyal et al. 2017); below, the stem of CIFAR and the plain initialization.
 
     Args:
-      name: one of ``NAMES``.
+      name: one of ``NAMES``, or ``FILE.py:FUNCTION``.
       num_classes: how many logits.
       image_shape: height, width and channels of the images.
       rngs: where initial values come from.
@@ -58,6 +60,8 @@ def build(
       >>> parameter_count(model)
       11173962
     """
+    if in_python_file(name):
+        return _from_file(name, num_classes, image_shape, rngs, jnp.dtype(dtype), changes)
     if name not in _NETWORKS:
         raise unknown("model", name, NAMES)
     architecture, defaults = _NETWORKS[name]
@@ -73,6 +77,44 @@ def build(
         is_large = max(image_shape[:2]) > _SMALL_IMAGE
         defaults = defaults | {"stem": "imagenet" if is_large else "cifar", "zero_init_residual": is_large}
     return architecture(Layers(dtype, rngs), num_classes, image_shape, **(defaults | changes))
+
+
+def _from_file(
+    name: str, num_classes: int, image_shape: Shape, rngs: nnx.Rngs, dtype: jnp.dtype, changes: dict[str, Any]
+) -> nnx.Module:
+    """A network that a function, or a class, in a user's file makes, of those of the given arguments that it takes."""
+    given = {"num_classes": num_classes, "image_shape": image_shape, "rngs": rngs, "dtype": dtype}
+    known = python_files.parameters(name)
+    options = [option for option in known if option not in given]
+    for option in changes:
+        if option not in options:
+            raise unknown(f"option of {name} (see model_options)", option, options or ["none"])
+    for option in options:
+        if known[option].default is inspect.Parameter.empty and option not in changes:
+            raise ValueError(
+                f"{name} has the argument {option}, which nothing gives: a network gets {', '.join(given)}. Give "
+                f"{option} a default, or --set model_options.{option}=VALUE."
+            )
+    if "dtype" not in known and dtype != jnp.float32:
+        raise ValueError(f"{name} has no argument dtype, so it computes in float32 alone, not in --dtype {dtype}.")
+    model = python_files.call(name, **{key: given[key] for key in given if key in known}, **changes)
+    if not isinstance(model, nnx.Module):
+        raise ValueError(f"{name} must return a flax.nnx.Module, got {type(model).__name__}.")
+    return model
+
+
+def check_logits(name: str, logits: Any, examples: int, num_classes: int) -> None:
+    """Checks the shape of what a network returns.
+
+    Raises:
+      ValueError: with the shape that was found.
+    """
+    found = getattr(logits, "shape", type(logits).__name__)
+    if found != (examples, num_classes):
+        raise ValueError(
+            f"{name} must return logits of the shape [examples, {num_classes}] for {num_classes} classes, "
+            f"got {list(found) if isinstance(found, tuple) else found} for {examples} examples."
+        )
 
 
 def parameter_count(model: nnx.Module) -> int:
