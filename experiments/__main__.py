@@ -8,7 +8,7 @@ _TRAINING = {"train", "compare", "tune", "study", "radius", "sensitivity"}
 
 
 def main() -> int:
-    """Runs one subcommand; an error that the user can mend, or an interruption, is one line and not a traceback."""
+    """Runs one subcommand; an error that the user can fix, or an interruption, is one line and not a traceback."""
     signal.signal(signal.SIGINT, _stop_at_once)
     from experiments import terminal
 
@@ -37,7 +37,7 @@ def main() -> int:
 
 
 def _stop_at_once(number: int, frame: object) -> None:
-    """Ends the process wherever it is, but in the training loop, which saves first.
+    """Ends the process at once, except in the training loop, which saves first.
 
     An exception could be raised in a callback that drops it, or end an interpreter in which XLA is compiling. Nothing
     is lost: files are replaced whole.

@@ -12,7 +12,7 @@ from experiments.suggestions import unknown
 
 
 class Arm(NamedTuple):
-    """One side of a comparison, as named: a method, ``-Nx`` for N times the epochs, ``,key=value`` for its settings."""
+    """One entry of a comparison: a method, ``-Nx`` for N times the epochs, ``,key=value`` for its settings."""
 
     method: str
     times: float
@@ -47,7 +47,7 @@ def resolve(recipe: Recipe, name: str, changes: Changes, seed: int) -> Recipe:
 
 
 def label(recipe: Recipe, name: str) -> str:
-    """What an arm is called in tables and plots."""
+    """The name of an arm in tables and plots."""
     arm = read(name)
     times = [f"{arm.times:g}× epochs"] if arm.times != 1 else []
     settings = [f"{key.split('.')[-1]} = {value}" for key, value in arm.settings.items()]

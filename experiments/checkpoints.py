@@ -30,14 +30,14 @@ _BESIDE_ARRAYS = 1 << 20  # bytes: blocks that are not full, metadata, checksums
 
 
 class Checkpoints:
-    """The checkpoints of the run in a folder, by step. The newest are kept, and forever those at multiples of a period.
+    """The checkpoints of the run in a folder, by step. The newest are kept, and every k-th one forever, k the period.
 
     ``data`` describes the data set; checkpoints of a run on other data are an error.
     """
 
     def __init__(self, run: Path, keep: int = 3, keep_period: int | None = None, data: Mapping[str, Any] | None = None):
         if keep < 1:
-            raise ValueError(f"keep must be at least 1, got {keep}: a run without a checkpoint cannot go on.")
+            raise ValueError(f"keep must be at least 1, got {keep}: a run without a checkpoint cannot resume.")
         self.run, self.folder = run, (run / "checkpoints").resolve()
         self._keep, self._keep_period = keep, keep_period
         self._data = json.loads(json.dumps(data))
@@ -164,7 +164,7 @@ class Checkpoints:
                 )
 
     def _check_space(self, state: State) -> None:
-        """What does not fit is not begun: half a checkpoint would only fill the disk."""
+        """Refuses a checkpoint that does not fit: half of one would only fill the disk."""
         needed = sum(leaf.nbytes for leaf in jax.tree.leaves(state)) + _BESIDE_ARRAYS
         free = shutil.disk_usage(self.run).free
         if free < needed:
@@ -185,7 +185,7 @@ class Checkpoints:
                 self._remove(self.path(old))
 
     def _remove(self, path: Path) -> None:
-        """Under another name first: what is deleted by half must not look like a checkpoint."""
+        """Renames it first: a half-deleted folder must not look like a checkpoint."""
         partial = path.with_suffix(".partial")
         path.rename(partial)
         files.remove(partial)
@@ -211,7 +211,7 @@ def _same(file: Path, copy: Path, read: Callable[[Path], Any]) -> bool:
 
 
 def _settings(config: Path) -> dict[str, Any] | None:
-    """All that does not change in the course of a run; None for a damaged file."""
+    """All that does not change during a run; None for a damaged file."""
     try:
         return dict(json.loads(files.read(config)), epochs=None)
     except (TypeError, ValueError):

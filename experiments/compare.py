@@ -1,4 +1,4 @@
-"""Arms × seeds of a recipe: a folder a run, with equal epochs, equal evaluations or equal time."""
+"""Arms × seeds of a recipe: a folder per run, with equal epochs, equal evaluations or equal time."""
 
 import dataclasses
 from pathlib import Path

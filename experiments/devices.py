@@ -27,7 +27,7 @@ def start(run: Run) -> Mesh:
 
 
 def _introduce(run: Run) -> None:
-    """Tells the process that watches this one where its peers meet."""
+    """Tells the watching process the address at which its peers meet."""
     if not supervisor.is_supervised() or jax.process_count() == 1:
         return
     host = run.coordinator.rpartition(":")[0] if run.coordinator else socket.getfqdn()

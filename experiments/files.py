@@ -1,4 +1,4 @@
-"""Files of a run, read and written with care for what else may lie in its folder.
+"""Files of a run, read and written safely whatever else is in its folder.
 
 Nothing waits on a named pipe, nothing is written through a symbolic link, and the files that operating systems leave in
 folders do not count.
@@ -78,7 +78,7 @@ def free_name(path: Path, suffix: str) -> Path:
 
 
 def _new(path: Path) -> IO[bytes]:
-    """A new file in the place of whatever has its name."""
+    """A new file; whatever had its name is replaced."""
     if path.is_symlink() or path.exists():
         remove(path)
     return os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666), "wb")

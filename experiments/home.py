@@ -5,7 +5,7 @@ from pathlib import Path
 
 
 def cache_folder() -> Path | None:
-    """The folder for what can be made again; None without a home folder."""
+    """The cache folder; None without a home folder."""
     if cache := os.environ.get("XDG_CACHE_HOME"):
         return Path(cache) / "crsam_jax"
     home = folder()

@@ -33,7 +33,7 @@ class Signature(NamedTuple):
 
     @property
     def data(self) -> dict[str, Any]:
-        """What of it belongs to the data alone, noted in each checkpoint."""
+        """The part that depends on the data only, noted in each checkpoint."""
         return {"image_shape": list(self.image_shape), "num_classes": self.num_classes}
 
 

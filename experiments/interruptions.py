@@ -1,4 +1,4 @@
-"""Who hears signals when: Ctrl-C and a closed terminal (SIGHUP), which reach all of its processes, and SIGTERM."""
+"""Which process gets which signal: Ctrl-C and a closed terminal (SIGHUP) reach all of them; and SIGTERM."""
 
 import contextlib
 import multiprocessing
@@ -82,7 +82,7 @@ def _masked(how: int) -> Iterator[None]:
 
 
 def end_with_parent() -> None:
-    """Ends this process when the one that started it is gone: nobody else would."""
+    """Ends this process when the one that started it is gone."""
 
     def wait() -> None:
         if parent := multiprocessing.parent_process():

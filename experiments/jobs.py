@@ -1,4 +1,4 @@
-"""Many training runs: those that are complete are read, the others are carried out, in one process or several."""
+"""Many training runs: complete ones are read, the others are trained, in one process or several."""
 
 import json
 import math
@@ -147,7 +147,7 @@ def _carry_out(name: str, job: Job, run: Run) -> Job:
 
 
 def _share_out(name: str, jobs: Sequence[Job], run: Run, processes: int, show: Callable[[Job], None]) -> None:
-    """Carries out jobs in several processes. At a signal each of them saves its run, and here it is raised."""
+    """Runs jobs in several processes. At a signal each of them saves its run, and the signal is raised here."""
     with _pool(min(processes, len(jobs))) as pool:
         try:
             with held_back():  # also in the processes that start here, until they train

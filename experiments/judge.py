@@ -1,4 +1,4 @@
-"""What a network is judged by: losses, right answers and calibration on a batch, gradient norm and curvature."""
+"""Evaluation of a network: losses, accuracy and calibration on a batch, gradient norm and curvature."""
 
 from collections.abc import Callable, Iterator
 from functools import partial

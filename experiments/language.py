@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
     evaluations: int = 1000
     """Gradient evaluations of a pretraining."""
-    batch_size: int = 16
+    batch_size: int = 8
     length: int = 128
     """Characters that the network sees."""
     width: int = 128

@@ -1,4 +1,4 @@
-"""What a training run writes down: epochs as CSV, steps as JSON lines, both as events for TensorBoard and W&B."""
+"""The logs of a training run: epochs as CSV, steps as JSON lines, both as events for TensorBoard and W&B."""
 
 import json
 import time
@@ -52,8 +52,8 @@ class EpochRow(NamedTuple):
 class Log:
     """Opens the files of a run for writing after a step; rows of later steps, of a run cut off, are dropped.
 
-    With ``has_steps`` steps are written down too, and events; ``wandb`` is a project of Weights & Biases to write to as
-    well, with ``config``. All processes but one are no writer, and write nothing.
+    With ``has_steps`` steps and events are logged too; ``wandb`` is a project of Weights & Biases to write to as
+    well, with ``config``. Only process 0 writes.
     """
 
     def __init__(
@@ -79,14 +79,14 @@ class Log:
             self._wandb = _start_wandb(wandb, folder, config)
 
     def step(self, step: int, values: dict[str, float]) -> None:
-        """Writes down what was seen at a step."""
+        """Logs a step."""
         if self._has_steps:
             self._steps.write(json.dumps({"step": step} | values) + "\n")
             self._steps.flush()
             self._add("step", values, step)
 
     def epoch(self, row: EpochRow) -> None:
-        """Writes down an epoch."""
+        """Logs an epoch."""
         if self._is_writer:
             tables.append(self._path, [row])
             self._add("epoch", row._asdict(), row.step)
@@ -101,7 +101,7 @@ class Log:
             self._wandb.log(known, step=step)
 
     def _write_event(self, step: int, **what: Any) -> None:
-        """Here and now, not in the background: an error of the disk reaches who adds it."""
+        """Writes in the foreground, so that the caller gets an error of the disk."""
         from tensorboardX.proto.event_pb2 import Event
 
         self._events.write_event(Event(wall_time=time.time(), step=step, **what))

@@ -25,7 +25,7 @@ from experiments.recipes import Recipe
 
 
 class Training(NamedTuple):
-    """All that a run needs beside its state; without checkpoints if they are None."""
+    """All that a run needs in addition to its state; without checkpoints if they are None."""
 
     recipe: Recipe
     run: Run

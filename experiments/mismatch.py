@@ -21,7 +21,7 @@ class Watch:
         self._has_warned = True
         return (
             f"Warning: in {mismatched} of {steps} steps the gradient did not fit the losses at the probes. Likely "
-            "causes: it is scaled, clipped or of other data; the method stands behind another transformation; or rho "
+            "causes: it is scaled, clipped or of other data; the method comes after another transformation; or rho "
             "is far too large."
         )
 

@@ -19,7 +19,7 @@ LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
 
 
 class Network(NamedTuple):
-    """Functions of params and model state, which is all that is no parameter: BatchNorm's statistics.
+    """Functions of params and model state: BatchNorm's statistics.
 
     Attributes:
       init: from a seed to params and model state.

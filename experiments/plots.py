@@ -186,7 +186,7 @@ def accuracy_over_flatness(
 
 
 def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str], path: Path) -> None:
-    """Draws the accuracy of each trial over each setting that was searched, on a logarithmic scale; a row an arm.
+    """Draws the accuracy of each trial over each setting that was searched, on a logarithmic scale; a row per arm.
 
     A trial has its settings by name, ``accuracy`` and ``accuracy_std``; ``names`` are the settings of all arms.
     """

@@ -31,7 +31,7 @@ TRACED = (
 
 
 class State(NamedTuple):
-    """All that the next step depends on, beside the data; what a checkpoint holds.
+    """All that the next step depends on, except the data; a checkpoint holds it.
 
     Attributes:
       step: steps taken so far, int32.
@@ -42,7 +42,7 @@ class State(NamedTuple):
       opt_state: the optimizer's state.
       average: of params and model state over the steps, if the recipe has an ``ema``, else None.
       loss: of the last step's batch, before the step.
-      loss_sum: of the epoch so far, one loss a step.
+      loss_sum: of the epoch so far, one loss per step.
       correct: training examples classified correctly in the epoch so far, at the weights of their step. If a method
         evaluates a part of each batch first, the part's count is scaled up.
       bad_step: the first step whose loss was not finite, or −1.

@@ -1,4 +1,4 @@
-"""What a person sees of the work: rates and a bar."""
+"""Progress for people: rates and a bar."""
 
 import contextlib
 import dataclasses
@@ -25,7 +25,7 @@ class Clock:
         self.restart()
 
     def restart(self) -> None:
-        """Begins anew, now."""
+        """Starts again, now."""
         self._start, self._waiting, self._steps = time.perf_counter(), 0.0, 0
 
     @contextlib.contextmanager

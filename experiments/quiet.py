@@ -1,4 +1,4 @@
-"""What libraries print beside the error that they raise."""
+"""Silences what libraries print in addition to the error that they raise."""
 
 import logging
 import sys

@@ -1,6 +1,6 @@
 """Penalty or radius? CR-SAM against SAM on shared points, with several independent searches; see docs/regimes.md.
 
-A difference between tuned methods holds the luck of two searches. Here each search is repeated with other points and
+A difference between tuned methods includes the luck of two searches. Here each search is repeated with other points and
 other seeds, and the interval is taken over the searches.
 """
 

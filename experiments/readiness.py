@@ -99,10 +99,10 @@ def estimates(
     methods: Sequence[str] = METHODS,
     target: Target | None = None,
 ) -> list[Estimate]:
-    """The rows of one recipe, a method each, compiled for a target or the backend at hand; nothing is allocated.
+    """The rows of one recipe, one per method, compiled for a target or this machine's backend; nothing is allocated.
 
     ``memory`` has the steps compiled so far, and gets this one's too: recipes that differ in their numbers
-    or in the classes of their data share a program but for the last layer. None compiles nothing.
+    or in the classes of their data share a program except for the last layer. None compiles nothing.
     """
     signature = _signature(recipe)
     images = jax.ShapeDtypeStruct((recipe.batch_size, *signature.image_shape), jnp.uint8)
@@ -151,7 +151,7 @@ def _signature(recipe: Recipe) -> Signature:
 
 
 def _here() -> Target:
-    """One device of the backend at hand, not limited in its memory."""
+    """One device of this machine's backend, without a limit of memory."""
     # Memory is planned before machine code is made; the code is never run, so making it is not to take long.
     quickly = {"xla_backend_optimization_level": 0}
     return Target(jax.default_backend(), devices.start(Run(devices=1)), quickly, None)

@@ -1,4 +1,4 @@
-"""Going on with a run that was cut off, whatever was damaged meanwhile."""
+"""Resuming an interrupted run, whatever was damaged meanwhile."""
 
 import sys
 from pathlib import Path
@@ -59,14 +59,14 @@ def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) ->
 
 
 def _set_aside(folder: Path) -> Path:
-    """Renames a damaged checkpoint, to a name that nobody takes for one."""
+    """Renames a damaged checkpoint, to a name that is not taken for one."""
     return folder.rename(files.free_name(folder, ".damaged"))
 
 
 def check_not_lost(folder: Path) -> None:
     """Raises FileExistsError if a folder holds the metrics of a complete run, but its checkpoints are gone.
 
-    Where the first of them could not be written, as on a full disk, nothing is gone: such a run begins anew.
+    Where the first of them could not be written, as on a full disk, nothing is gone: such a run starts again.
     """
     is_cut_off = any((folder / "checkpoints").glob("*.partial"))
     if steps_of(folder) or is_cut_off or not (folder / CONFIG).exists():
@@ -88,7 +88,7 @@ def clear_way(run: Path) -> None:
 
 
 def _keep_logs(run: Path) -> None:
-    """Keeps the logs of a run that begins anew because it has no checkpoint."""
+    """Keeps the logs of a run that starts again because it has no checkpoint."""
     if not (rows := _rows(run)):
         return
     kept = [file.rename(files.free_name(file, ".before")).name for name in LOGS if (file := run / name).exists()]
@@ -99,7 +99,7 @@ def _keep_logs(run: Path) -> None:
 
 
 def _rows(run: Path) -> list[EpochRow]:
-    """The epochs that a run's metrics tell of; none if they are damaged."""
+    """The epochs in a run's metrics; none if they are damaged."""
     try:
         return read_epochs(run / "metrics.csv")
     except ValueError:

@@ -1,4 +1,4 @@
-"""A folder a run: the resolved configuration, and one writer at a time."""
+"""A folder per run: the resolved configuration, and one writer at a time."""
 
 import contextlib
 import dataclasses
@@ -95,7 +95,7 @@ def steps_of(run: Path) -> list[int]:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keeps other processes from writing to the same run; the system frees the lock however the process ends."""
+    """Keeps other processes from writing to the same run; the system frees the lock when the process ends."""
     with files.opened(folder / "lock", "wb") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -17,7 +17,7 @@ from experiments.tables import mean_and_deviation
 
 
 class Axis(NamedTuple):
-    """A setting of the recipe, its sign in formulas, and the values that are tried."""
+    """A setting of the recipe, its symbol in formulas, and the values that are tried."""
 
     key: str
     sign: str

@@ -1,4 +1,4 @@
-"""The study: which method helps, at what cost, and does a flat minimum go with accuracy? Its protocol is docs/study.md.
+"""The study: which method helps, at what cost, and are flat minima more accurate? Its protocol is docs/study.md.
 
 Methods are tuned equally and compared with many seeds; then come rank correlations over the runs and over the methods.
 """

@@ -1,4 +1,4 @@
-"""What a comparison found: means and spreads, differences seed by seed, and how many seeds it takes to see one."""
+"""What a comparison found: means and spreads, differences seed by seed, and how many seeds are needed to see one."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -73,7 +73,7 @@ def summarize(results: Results, labels: Mapping[str, str], against: str, detect:
     """One row per arm.
 
     It has mean and sample standard deviation (``_std``) of each number in :class:`Result`; the quartiles of
-    ``seconds``, which other work disturbs; ``failed``, how many losses were not finite (they count, as a guess);
+    ``seconds``, which other work disturbs; ``failed``, how many losses were not finite (scored at chance level);
     ``relative_time`` of a step, the medians' ratio to the reference; the ``difference`` of the accuracies to the
     reference's, in points, seed by seed, with an interval (simultaneous 95 % intervals in a table); and
     ``seeds_needed`` to find one of ``detect`` points with a probability of 80 %.

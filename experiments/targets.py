@@ -1,7 +1,7 @@
-"""Devices that need not be here: an NVIDIA H100, and any topology of TPUs, and what XLA's compilers plan for them.
+"""Devices that this machine need not have, an NVIDIA H100 or TPUs, and what XLA's compilers plan for them.
 
 The compilers run on any x86-64 Linux machine. They plan memory, choose kernels and place collectives as they would
-beside the device; only what is found out by running kernels, the tuning on GPUs, is left out.
+on a machine with the device; only what is found out by running kernels, the tuning on GPUs, is left out.
 """
 
 import importlib.util
@@ -88,7 +88,7 @@ class Memory(NamedTuple):
 
     Attributes:
       used: arguments, results and temporaries together.
-      temporaries: what lives within the step alone; None where the compiler refused it and says the sum only.
+      temporaries: what exists within the step only; None where the compiler refused it and says the sum only.
       fits: whether the device has so much.
     """
 

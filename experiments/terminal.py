@@ -1,4 +1,4 @@
-"""What is printed, on terminals without Unicode, and after whoever reads it has gone."""
+"""Output on terminals without Unicode, and after its reader has closed it."""
 
 import codecs
 import errno
@@ -37,12 +37,12 @@ class Lasting:
         self._is_gone = False
 
     def write(self, text: str) -> int:
-        """Writes, unless whoever reads it has gone."""
+        """Writes, unless the reader has gone."""
         self._try(lambda: self._stream.write(text))
         return len(text)
 
     def flush(self) -> None:
-        """Flushes, unless whoever reads it has gone."""
+        """Flushes, unless the reader has gone."""
         self._try(self._stream.flush)
 
     def _try(self, act: Any) -> None:

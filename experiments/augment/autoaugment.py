@@ -1,4 +1,4 @@
-"""AutoAugment: the policy that was found for CIFAR-10.
+"""AutoAugment: the policy for CIFAR-10.
 
 Cubuk, Zoph, Mané, Vasudevan, Le: AutoAugment: Learning Augmentation Strategies from Data, CVPR 2019, tables 6 and 7.
 
@@ -100,7 +100,7 @@ def make_operation(name: str, level: int, sign: int, height: int, width: int) ->
 
 
 def _matrix(name: str, strength: float, height: int, width: int) -> np.ndarray:
-    """From where each pixel takes its value, in units of 2⁻¹⁶ pixels; a strength of ±1 is the largest."""
+    """The position from which each pixel takes its value, in units of 2⁻¹⁶ pixels; a strength of ±1 is the largest."""
     matrix = np.eye(2, 3)
     match name:
         case "ShearX":

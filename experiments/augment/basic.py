@@ -1,4 +1,4 @@
-"""Flips, crops and cutout of batches [batch, height, width, channels], uint8 or floating; every image by itself."""
+"""Flips, crops and cutout of batches [batch, height, width, channels], uint8 or floating; each image separately."""
 
 import jax
 import jax.numpy as jnp

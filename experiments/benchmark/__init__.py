@@ -1,7 +1,7 @@
-"""What a step costs: time on the device at hand, or kernels and cycles as the compiler of another device plans them.
+"""What a step costs: time on this machine's device, or kernels and cycles as the compiler of another device plans them.
 
 The floor of a method is as many evaluations of the loss and its gradient, or as many steps of SGD, as it has points:
-two for SAM, three for CR-SAM. On the device at hand all programs run in turn, so that a busy machine slows all of them
+two for SAM, three for CR-SAM. On this machine all programs run in turn, so that a busy machine slows all of them
 alike; compare medians within one run. For another device the whole training step is compiled. A GPU's small kernels
 cost some microseconds each whatever they do, so what a method adds to its gradients shows in their number; a TPU's
 compiler estimates cycles. SGD has momentum, and params, model and optimizer state are donated.
@@ -117,7 +117,7 @@ def _compiled(function: Callable[..., Any], *args: Any) -> tuple[Callable[[], An
 
 
 def timing_table(rows: Sequence[Row]) -> str:
-    """The rows of the device at hand as Markdown."""
+    """The rows of this machine's device as Markdown."""
     cells = [
         {
             "program": row["program"],

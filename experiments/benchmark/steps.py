@@ -22,7 +22,7 @@ _CLASSES = 10
 
 
 class Method(NamedTuple):
-    """An optimizer, at how many points it evaluates the gradient: its floor, and whether they share the devices out."""
+    """An optimizer, its number of points, which is its floor, and whether devices are divided among the points."""
 
     name: str
     tx: optax.GradientTransformationExtraArgs
@@ -31,7 +31,7 @@ class Method(NamedTuple):
 
 
 def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]:
-    """The sharpness-aware methods, each with ``base`` for its last link."""
+    """The sharpness-aware methods, each followed by ``base``."""
     return [
         Method("optax.contrib.sam", optax_sam(loss_fn, base), 2),
         Method("sam", optax.chain(crsam_jax.sam(loss_fn, has_aux=True), base), 2),
@@ -42,13 +42,13 @@ def methods(loss_fn: LossFn, base: optax.GradientTransformation) -> list[Method]
 def crsam(
     loss_fn: LossFn, strategy: Strategy = "auto", probe_axis: str | None = None
 ) -> optax.GradientTransformationExtraArgs:
-    """CR-SAM in a strategy; with a probe axis, its probes are evaluated by the devices at one place of it each."""
+    """CR-SAM in a strategy; with a probe axis, each group of devices evaluates one perturbed point."""
     execution = crsam_jax.Execution(strategy, probe_axis=probe_axis)
     return crsam_jax.crsam(loss_fn, execution=execution, has_aux=True)
 
 
 def optax_sam(loss_fn: LossFn, base: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
-    """The SAM of optax in opaque mode, called as the members are, for the same ρ as :func:`crsam_jax.sam`'s default."""
+    """Optax's SAM in opaque mode, called like the methods here, for the same ρ as :func:`crsam_jax.sam`'s default."""
     adversary = optax.chain(optax.contrib.normalize(), optax.sgd(0.05))
     sam = optax.contrib.sam(base, adversary, opaque_mode=True)
 

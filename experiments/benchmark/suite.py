@@ -1,4 +1,4 @@
-"""Everything that is worth timing on a device, in one run that can be cut off at any moment.
+"""Everything that is worth timing on a device, in one run that can be interrupted at any moment.
 
 A row is in the CSV file as soon as its program was timed, and is not timed again by the same command. The programs that
 matter most come first, for all networks. A program and SGD on the same network are timed in turn, so their ratio is one
@@ -77,7 +77,7 @@ class _Program(NamedTuple):
 
 
 def run(config: configs.Benchmark) -> list[Row]:
-    """Times what the file lacks, as long as the budget lasts, and returns all of the file's rows of this device."""
+    """Times the programs missing in the file, within the budget, and returns the file's rows of this device."""
     path, started = config.out or Path("results/benchmark.csv"), time.monotonic()
     path.parent.mkdir(parents=True, exist_ok=True)
     device = jax.devices()[0]

@@ -1,4 +1,4 @@
-"""One command a figure: measure what is missing, then draw."""
+"""One command per figure: measure what is missing, then draw."""
 
 import dataclasses
 import itertools

@@ -56,7 +56,7 @@ def figure_1(curvature: Sequence[Curvature], ratios: Sequence[Ratio], labels: La
 
 
 def figure_2(curvature: Sequence[Curvature], ratios: Sequence[Ratio], labels: Labels, out: Path) -> None:
-    """One row a method: eigenvalue, trace and normalized trace on both sets over epochs, and the ratio against C."""
+    """One row per method: eigenvalue, trace and normalized trace on both sets over epochs, and the ratio against C."""
     fields = ("top_eigenvalue", "trace", "normalized_trace")
     with style.drawn(out / "figure2.svg", 0.4 + 1.55 * len(labels), legend=("upper", 2)) as figure:
         axes = figure.subplots(len(labels), 4, sharex="col", sharey="col", squeeze=False)
@@ -116,7 +116,7 @@ def _against_ratio(
 
 
 def figure_4(points: Sequence[SurfacePoint], labels: Labels, out: Path) -> None:
-    """A column a method: the surface of the loss above, its contours below, all on one scale."""
+    """A column per method: the surface of the loss above, its contours below, all on one scale."""
     grids, low, high = _grids(points, labels)
     norm, levels = LogNorm(low, high), np.geomspace(low, high, 14)
     with style.drawn(out / "figure4.svg", 4.7) as figure:

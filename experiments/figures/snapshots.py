@@ -25,7 +25,7 @@ _ORDER = {"base": 0, "sam": 1, "crsam": 2}
 
 
 class Trained(NamedTuple):
-    """One training run: its folder, its recipe, the method's label, and a row of metrics an epoch."""
+    """One training run: its folder, its recipe, the method's label, and a row of metrics per epoch."""
 
     folder: Path
     recipe: Recipe
@@ -34,7 +34,7 @@ class Trained(NamedTuple):
 
 
 class Snapshot(NamedTuple):
-    """A network after an epoch; what is no parameter of it is BatchNorm's statistics."""
+    """A network after an epoch: parameters and BatchNorm's statistics."""
 
     key: tuple[str, int, int]  # method, seed, epoch
     params: Any
