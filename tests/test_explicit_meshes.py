@@ -41,16 +41,39 @@ METHODS = {
     "look": lambda loss: crsam_jax.look(crsam_jax.sam(loss), 2),
     "late": lambda loss: crsam_jax.late(crsam_jax.sam(loss), 1),
     "adaptive_policy": lambda loss: crsam_jax.adaptive_policy(crsam_jax.sam(loss)),
+    "stable_sam": crsam_jax.stable_sam,
+    "le_sam": crsam_jax.le_sam,
+    "multi_step_sam": crsam_jax.multi_step_sam,
+    "functional_sam": lambda loss: crsam_jax.functional_sam(outputs_of, criterion),
+    "variance suppressed": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.variance_suppressed_ascent()),
+    "preconditioned": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.preconditioned_ascent()),
+    "rwp": crsam_jax.rwp,
+    "random weights": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.random_weight_ascent()),
+    "smoothed": lambda loss: crsam_jax.sam(loss, ascent=crsam_jax.ascents.smoothed_ascent()),
+    "sharpened": lambda loss: as_a_stage(crsam_jax.sharpened(loss, crsam_jax.crsam)),
     "msam": lambda loss: crsam_jax.msam(optax.sgd(0.1)),
     "s2sam": lambda loss: crsam_jax.s2sam(optax.sgd(0.1)),
 }
 
 
-def loss_fn(params, x):
+def outputs_of(params, x):
     if jax.sharding.get_abstract_mesh().axis_names:  # gathers its own weights, as FSDP does
         params = jax.tree.map(lambda leaf: jax.sharding.reshard(leaf, P()), params)
-    y = jnp.tanh(x @ params["hidden"] + params["bias"])
-    return jnp.mean(y**2) + jnp.mean(params["large"] ** 2)
+    return jnp.tanh(x @ params["hidden"] + params["bias"]), params["large"]
+
+
+def criterion(outputs):
+    return sum(jnp.mean(output**2) for output in outputs)
+
+
+def as_a_stage(sharp):
+    """A stage that replaces the gradient by that of a sharpened loss."""
+    update = lambda grads, state, params, *, loss, x: (jax.grad(sharp)(params, x), state)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def loss_fn(params, x):
+    return criterion(outputs_of(params, x))
 
 
 def initial_params():
