@@ -25,10 +25,9 @@ def counted():
     mesh = Mesh(np.array(jax.devices()[:DEVICES]), (communication.AXIS,), axis_types=(AxisType.Explicit,))
     problem = networks.dense(batch_size=8, inputs=8, width=16, depth=1)
     size = sum(4 * leaf.size for leaf in jax.tree.leaves(jax.eval_shape(problem.initial)[0]))
-    compared = programs(problem.loss_fn, optax.sgd(0.1, momentum=0.9), mesh)
     found = {}
     for layout in LAYOUTS:
-        for program in compared:
+        for program in programs(problem.loss_fn, optax.sgd(0.1, momentum=0.9), mesh, layout):
             text = lowered(program, problem.initial, problem.batch, mesh, layout).compile().as_text()
             found[layout, program.name] = count(text)
     return found, size

@@ -6,7 +6,6 @@ device, or divided among the devices (FSDP), so that each evaluation gathers the
 mesh axis is explicit, as that of ``jax.make_mesh``.
 """
 
-import itertools
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
@@ -59,9 +58,10 @@ def communication(config: Benchmark) -> list[Row]:
     mesh = Mesh(target.mesh.devices, (AXIS,), axis_types=(AxisType.Explicit,))
     initial = lambda: steps.initial(config)
     params = jax.tree.leaves(jax.eval_shape(initial)[0])
-    compared = programs(steps.make_loss(config), optax.sgd(0.1, momentum=0.9), mesh)
+    loss_fn, base = steps.make_loss(config), optax.sgd(0.1, momentum=0.9)
+    compared = [(layout, program) for layout in LAYOUTS for program in programs(loss_fn, base, mesh, layout)]
     rows: list[Row] = []
-    for layout, program in track([*itertools.product(LAYOUTS, compared)], "compiling", "programs"):
+    for layout, program in track(compared, "compiling", "programs"):
         start = time.perf_counter()
         compiled = target.compile(lowered(program, initial, lambda: steps.batch(config), mesh, layout))
         seconds = time.perf_counter() - start
@@ -110,11 +110,7 @@ def table(rows: Sequence[Row]) -> str:
             row["layout"],
             row["program"],
             str(row["points"]),
-            row["collectives"] or "–",
-            ", ".join(
-                f"{int(size) / 1e6:.2f} {name}"
-                for size, name in (part.split(" ") for part in filter(None, row["collective_bytes"].split(", ")))
-            ),
+            _with_sizes(row["collectives"], row["collective_bytes"]) or "–",
             f"{row['sent_bytes'] / 1e6:.2f}",
             f"{row['over_sgd']:.2f}",
         ]
@@ -123,29 +119,39 @@ def table(rows: Sequence[Row]) -> str:
     first = rows[0]
     title = f"{first['model']}, {first['leaves']} leaves of {first['parameter_bytes'] / 1e6:.2f} MB, "
     title += f"batch {first['batch_size']}, {first['dtype']}, {first['target']}, {first['devices']} devices"
-    titles = ("layout", "program", "evaluations", "collectives", "MB", "a device sends MB", "÷ SGD")
+    titles = ("layout", "program", "evaluations", "collectives (MB)", "a device sends MB", "÷ SGD")
     return f"{title}\n\n{tables.markdown(titles, lines)}"
 
 
-def programs(loss_fn: LossFn, base: optax.GradientTransformation, mesh: Mesh) -> list[Program]:
+def _with_sizes(numbers: str, sizes: str) -> str:
+    """Such as ``1 all-gather (1.88)``, in megabytes."""
+    megabytes = [f"({int(size.split()[0]) / 1e6:.2f})" for size in filter(None, sizes.split(", "))]
+    return ", ".join(map(" ".join, zip(numbers.split(", "), megabytes, strict=False)))
+
+
+def programs(loss_fn: LossFn, base: optax.GradientTransformation, mesh: Mesh, layout: Layout) -> list[Program]:
     """The methods to compare, SGD first."""
-    sam, crsam = (method(loss_fn, has_aux=True, execution=_LOCAL) for method in (crsam_jax.sam, crsam_jax.crsam))
     whole = _gathering(loss_fn)
 
     def of_batch(name: str, points: int, tx: optax.GradientTransformation) -> Program:
         return Program(name, points, tx.init, _whole(whole, optax.with_extra_args_support(tx)))
 
-    def of_parts(name: str, points: int, gradient: _PartGradient, init: Callable[[Any], Any]) -> Program:
-        step = _in_parts(gradient, base, mesh)
-        return Program(name, points, lambda params: (init(params), base.init(params)), step)
+    def by_stage(name: str, points: int, method: Any) -> Program:
+        tx = method(loss_fn, has_aux=True, execution=_LOCAL)
+        step = _in_parts(_by_stage(loss_fn, tx), base, mesh, "replicated")
+        return Program(name, points, lambda params: (tx.init(params), base.init(params)), step)
+
+    def by_loss(name: str, points: int, method: Any) -> Program:
+        step = _in_parts(_by_loss(loss_fn, method, mesh, layout), base, mesh, layout)
+        return Program(name, points, lambda params: (optax.EmptyState(), base.init(params)), step)
 
     return [
         of_batch("SGD", 1, base),
         of_batch("msam", 1, crsam_jax.msam(base)),
-        of_parts("m-SAM", 2, _by_stage(loss_fn, sam), sam.init),
-        of_parts("m-SAM, sharpened", 2, _by_loss(loss_fn, crsam_jax.sam), optax.identity().init),
-        of_parts("m-CR-SAM", 3, _by_stage(loss_fn, crsam), crsam.init),
-        of_parts("m-CR-SAM, sharpened", 3, _by_loss(loss_fn, crsam_jax.crsam), optax.identity().init),
+        by_stage("m-SAM", 2, crsam_jax.sam),
+        by_loss("m-SAM, sharpened", 2, crsam_jax.sam),
+        by_stage("m-CR-SAM", 3, crsam_jax.crsam),
+        by_loss("m-CR-SAM, sharpened", 3, crsam_jax.crsam),
         of_batch("sam", 2, optax.chain(crsam_jax.sam(whole, has_aux=True), base)),
         of_batch("crsam", 3, optax.chain(crsam_jax.crsam(whole, has_aux=True), base)),
     ]
@@ -215,33 +221,46 @@ def _by_stage(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> _Pa
     return gradient
 
 
-def _by_loss(loss_fn: LossFn, method: Any) -> _PartGradient:
+def _by_loss(loss_fn: LossFn, method: Any, mesh: Mesh, layout: Layout) -> _PartGradient:
     """The gradient of a sharpened loss, averaged as any gradient is."""
 
     def gradient(params: Any, model_state: Any, state: Any, batch: Any) -> Any:
         own = lambda params: loss_fn(params, model_state, **batch)
         sharp = crsam_jax.sharpened(own, method, has_aux=True)
         (loss, model_state), grads = jax.value_and_grad(sharp, has_aux=True)(params)
-        grads, model_state, loss = jax.lax.pmean((grads, model_state, loss), AXIS)
-        return grads, model_state, state, loss
+        model_state, loss = jax.lax.pmean((model_state, loss), AXIS)
+        return jax.tree.map(lambda leaf: _mean(leaf, mesh.size, layout), grads), model_state, state, loss
 
     return gradient
 
 
-def _in_parts(gradient: _PartGradient, base: optax.GradientTransformation, mesh: Mesh) -> Callable[..., Any]:
-    """Each device makes the gradient of its part; the base optimizer takes the step with the mean."""
+def _mean(leaf: jax.Array, devices: int, layout: Layout) -> jax.Array:
+    """The mean over the devices, on each of them or divided among them."""
+    spec = specs_of(leaf, devices, layout)
+    if spec == _REPLICATED:
+        return jax.lax.pmean(leaf, AXIS)
+    return jax.lax.psum_scatter(leaf, AXIS, scatter_dimension=tuple(spec).index(AXIS), tiled=True) / devices
+
+
+def _in_parts(
+    gradient: _PartGradient, base: optax.GradientTransformation, mesh: Mesh, layout: Layout
+) -> Callable[..., Any]:
+    """Each device makes the gradient of its part; the base optimizer takes the step with the mean.
+
+    ``layout`` is that of the mean; it is brought into that of the params.
+    """
 
     def local(params: Any, model_state: Any, state: Any, batch: Any) -> Any:
         own = jax.lax.pcast((params, model_state), AXIS, to="varying")
         return gradient(*own, state, batch)
 
-    everywhere = (_REPLICATED,) * 3
-    mean = jax.shard_map(
-        local, mesh=mesh, in_specs=(*everywhere, PartitionSpec(AXIS)), out_specs=(*everywhere, _REPLICATED)
-    )
-
     def train(params: Any, model_state: Any, opt_state: Any, batch: Any) -> Any:
         state, base_state = opt_state
+        specs = jax.tree.map(lambda leaf: specs_of(leaf, mesh.size, layout), params)
+        mean = jax.shard_map(
+            local, mesh=mesh, in_specs=(_REPLICATED, _REPLICATED, _REPLICATED, PartitionSpec(AXIS)),
+            out_specs=(specs, _REPLICATED, _REPLICATED, _REPLICATED),
+        )  # fmt: skip
         whole = jax.sharding.reshard(params, _REPLICATED)
         grads, model_state, state, loss = mean(whole, model_state, state, batch)
         grads = jax.tree.map(lambda g, w: jax.sharding.reshard(g, jax.typeof(w).sharding), grads, params)
