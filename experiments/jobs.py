@@ -101,7 +101,7 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
             texts = f"{job.arm}, seed {job.recipe.seed}", f"accuracy {read_result(job).test_accuracy:.1f} %"
             bar.advance(*texts)
             if not console.is_terminal:
-                bar.print(": ".join(texts))
+                bar.print(": ".join(texts), is_progress=True)
 
         if processes == 1:
             for job in missing:

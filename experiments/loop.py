@@ -57,7 +57,7 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
                 log.step(step, {"loss": float(state.loss)} | diagnostics(state.opt_state))
             if is_logged or is_end or step == first + 1:
                 _check_finite(training, state)
-                bar.update(step, *_texts(recipe, state, per_epoch, clock), is_due=is_end)
+                bar.update(step, *_texts(recipe, state, per_epoch, clock))
             if step == first + 1 and not is_end:  # where there is other time to measure
                 clock.restart()  # without the compilation
             if is_end and (warning := watch.warning(state.opt_state)):
@@ -68,7 +68,8 @@ def run_steps(training: Training, state: State) -> tuple[State, int]:
                 bar.print(
                     f"epoch {row.epoch}: training loss {row.train_loss:.4f}, accuracy {row.train_accuracy:.2f} %; test "
                     f"loss {row.test_loss:.4f}, accuracy {row.test_accuracy:.2f} %; {row.images_per_second:.0f} "
-                    f"images/s, {row.waiting_percent:.1f} % of it waiting for data"
+                    f"images/s, {row.waiting_percent:.1f} % of it waiting for data",
+                    is_progress=True,
                 )
             stop = devices.agreed(signals, is_due=is_end or is_logged)
             is_asked = _is_every(run.checkpoint_steps, step) or _is_every((run.keep_every or 0) * per_epoch, step)

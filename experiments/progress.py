@@ -3,8 +3,6 @@
 import contextlib
 import dataclasses
 import datetime
-import math
-import sys
 import time
 from collections.abc import Collection, Iterator
 from typing import Self, TypeVar
@@ -50,7 +48,7 @@ class Clock:
 class Bar:
     """A progress bar with a count and the time that is left, whole on every terminal, and as much text as fits.
 
-    Without a terminal there is no bar. What is printed remains, and stderr says from time to time how far it is.
+    Without a terminal there is no bar: lines that are printed say how much time is left, and one comes each minute.
     """
 
     def __init__(self, console: Console, total: int, completed: int = 0, unit: str = "steps", text: str = "compiling"):
@@ -59,27 +57,26 @@ class Bar:
         columns = _Parts(), bar, count, TextColumn(unit), TextColumn("ETA"), left  # a text is whole of its own
         is_left = not console.quiet and completed < total
         is_shown = console.is_terminal and is_left
-        self._lines = _Lines(total, completed, unit, text) if is_left and not is_shown else None
+        self._lines = _Lines(total, completed, unit) if is_left and not is_shown else None
         self._progress = Progress(*columns, console=console, disable=not is_shown)
         self._task = self._progress.add_task("", total=total, completed=completed, parts=(text,))
 
-    def update(self, completed: int, *parts: str, is_due: bool = False) -> None:
-        """Moves to a count; the parts of the text that do not fit are left out, from the last on.
-
-        ``is_due`` marks the end of an epoch, or the like, which a log file should tell of.
-        """
+    def update(self, completed: int, *parts: str) -> None:
+        """Moves to a count; the parts of the text that do not fit are left out, from the last on."""
         self._progress.update(self._task, completed=completed, parts=parts)
-        if self._lines is not None:
-            self._lines.update(completed, parts, is_due)
+        if self._lines is not None and self._lines.update(completed):
+            self.print("  ".join((*parts, self._lines.count())), is_progress=True)
 
     def advance(self, *parts: str) -> None:
         """Moves on by one."""
         self._progress.update(self._task, advance=1, parts=parts)
         if self._lines is not None:
-            self._lines.update(self._lines.completed + 1, parts, is_due=True)
+            self._lines.update(self._lines.completed + 1)
 
-    def print(self, text: str) -> None:
-        """Leaves a line above the bar."""
+    def print(self, text: str, is_progress: bool = False) -> None:
+        """Leaves a line above the bar; without a terminal, one of progress says how much time is left."""
+        if self._lines is not None and is_progress:
+            text += self._lines.time_left()
         self._progress.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Self:
@@ -99,27 +96,31 @@ def track(items: Collection[Item], text: str, unit: str) -> Iterator[Item]:
 
 
 class _Lines:
-    """Tells on stderr how far the work is: at once, then each minute, and each second in which something is due."""
+    """How far the work is, for lines of a log file."""
 
-    def __init__(self, total: int, completed: int, unit: str, text: str):
+    def __init__(self, total: int, completed: int, unit: str):
         self._total, self._unit, self.completed = total, unit, completed
         self._told = self._start = time.monotonic()
-        self._first: int | None = None
-        if unit != "steps":  # of which training itself says when it compiles
-            print(f"{text} ...", file=sys.stderr, flush=True)
+        self._first = None if unit == "steps" else completed  # the first step compiles, which no other does
 
-    def update(self, completed: int, parts: tuple[str, ...], is_due: bool) -> None:
+    def update(self, completed: int) -> bool:
+        """Moves to a count: whether nothing was said for a minute."""
         now, self.completed = time.monotonic(), completed
-        if self._first is None and self._unit == "steps":  # the first step compiles, which no other does
+        if self._first is None:
             self._first, self._start = completed, now
-        if completed < self._total and now - self._told < (1 if is_due else 60):
-            return
-        self._told = now
-        done = completed - (self._first or 0)
-        left = (now - self._start) * (self._total - completed) / done if done else math.nan
-        time_left = f"{datetime.timedelta(seconds=round(left))} left" if math.isfinite(left) else "time left unknown"
-        texts = *parts, f"{completed}/{self._total} {self._unit}", time_left
-        print("  ".join(texts), file=sys.stderr, flush=True)
+        return now - self._told >= 60
+
+    def count(self) -> str:
+        return f"{self.completed}/{self._total} {self._unit}"
+
+    def time_left(self) -> str:
+        """As the end of a line that is printed now; empty at the end, and before it can be known."""
+        self._told = now = time.monotonic()
+        done = self.completed - (self._first or 0)
+        if not done or self.completed >= self._total:
+            return ""
+        left = (now - self._start) * (self._total - self.completed) / done
+        return f"; {datetime.timedelta(seconds=round(left))} left"
 
 
 class _Parts(ProgressColumn):

@@ -147,7 +147,7 @@ def test_every_program_is_timed(tmp_path, monkeypatch):
 
 
 def test_the_language_model_does_not_see_what_follows():
-    model = networks._Language(6, 10, 8, 1, 2, nnx.Rngs(0))
+    model = networks.Language(6, 10, 8, 1, 2, nnx.Rngs(0))
     tokens = jax.random.randint(jax.random.key(0), (2, 6), 1, 10)
     early = model(tokens)[:, :3]
     np.testing.assert_allclose(model(tokens.at[:, 3:].set(0))[:, :3], early, rtol=1e-5, atol=1e-6)

@@ -68,20 +68,25 @@ def test_without_a_terminal_there_are_lines_alone():
     assert file.getvalue() == "x" * 100 + "\n"
 
 
-def test_without_a_terminal_stderr_says_how_far_it_is(monkeypatch, capsys):
-    now = iter([0.0, 8.0, 8.5, 12.0, 13.0, 80.0, 81.0])
+def test_without_a_terminal_lines_of_progress_say_how_much_time_is_left(monkeypatch):
+    now = iter([0.0, 8.0, 9.0, 10.0, 10.5, 11.0, 75.0, 76.0, 77.0, 78.0])
     monkeypatch.setattr("experiments.progress.time.monotonic", lambda: next(now))
-    with Bar(Console(file=io.StringIO(), width=80), 40) as bar:
-        bar.update(1, "epoch 1/4")  # compiled
-        bar.update(2, "epoch 1/4")
-        bar.update(10, "epoch 1/4", is_due=True)
-        bar.update(11, "epoch 2/4")
-        bar.update(19, "epoch 2/4")
-        bar.update(40, "epoch 4/4", is_due=True)
-    assert capsys.readouterr().err.splitlines() == [
-        "epoch 1/4  10/40 steps  0:00:13 left",
-        "epoch 2/4  19/40 steps  0:01:24 left",
-        "epoch 4/4  40/40 steps  0:00:00 left",
+    file = io.StringIO()
+    with Bar(Console(file=file, width=80), 40) as bar:
+        bar.update(1, "epoch 1/4")  # compiled, at 8 s
+        bar.update(5, "epoch 1/4")
+        bar.update(11, "epoch 1/4")
+        bar.print("epoch 1: loss 2", is_progress=True)  # ten steps in 2.5 s
+        bar.print("a warning")
+        bar.update(12, "epoch 2/4")
+        bar.update(21, "epoch 2/4")  # after more than a minute without a line
+        bar.update(40, "epoch 4/4")
+        bar.print("epoch 4: loss 1", is_progress=True)
+    assert file.getvalue().splitlines() == [
+        "epoch 1: loss 2; 0:00:07 left",
+        "a warning",
+        "epoch 2/4  21/40 steps; 0:01:05 left",
+        "epoch 4: loss 1",
     ]
 
 
