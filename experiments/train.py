@@ -64,8 +64,6 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
         inputs = open_inputs(recipe, mesh, run)
         if note := note_of(recipe, run.data_dir):
             console.print(note)
-        if not console.is_terminal and not console.quiet:
-            print("compiling ...", file=sys.stderr, flush=True)
         program = make_program(recipe, inputs.signature, mesh)
         devices.wait_for_all("checked")
         if is_first:
@@ -75,6 +73,8 @@ def _train(name: str, recipe: Recipe, run: Run, folder: Path, quiet: bool) -> Pa
             run_folder.save_config(recipe, folder)
             changed = conditions.changed(folder, mesh)
             conditions.note(folder, mesh)
+        if not console.is_terminal and not console.quiet:
+            print("compiling ...", file=sys.stderr, flush=True)
         steps = inputs.signature.steps_per_epoch
         state, checkpoints = program.init(recipe.seed), None
         if run.keep is not None:

@@ -14,6 +14,8 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
+from sklearn.datasets import load_digits
+
 from experiments import arms, compare, jobs, optimizers, overrides, recipes, summary
 from experiments.configs import Compare, Run
 from experiments.data import digits, subset
@@ -57,7 +59,7 @@ def test_the_parts_of_the_data_share_no_image_and_hold_all_of_it():
     parts = [*subset.split_validation(data.train, 0.5, seed=0), data.test]
     assert [len(part.labels) for part in parts] == [500, 500, 797]
     everything = np.concatenate([part.images.reshape(len(part.images), -1) for part in parts])
-    whole = (15 * digits.load_digits().images).astype(np.uint8).reshape(1797, -1)
+    whole = (15 * load_digits().images).astype(np.uint8).reshape(1797, -1)
     assert sorted(map(bytes, everything)) == sorted(map(bytes, whole))
     for part in parts:
         counts = np.bincount(part.labels, minlength=10)
