@@ -290,6 +290,8 @@ def synced(tree: Any, axis_name: str) -> Any:
     def sync(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jnp.floating):
             return jax.lax.pmean(leaf, axis_name)
+        if leaf.dtype == bool:  # by a sum, which the compiler can join with the gradient's
+            return jax.lax.psum(leaf.astype(jnp.float32), axis_name) > 0
         return jax.lax.pmax(leaf.astype(jnp.int32), axis_name).astype(leaf.dtype)
 
     return jax.tree.map(lambda leaf: sync(jnp.asarray(leaf)), tree)

@@ -135,6 +135,8 @@ class Benchmark:
     """A network of experiments.models, such as convnet, resnet18 or vit_ti4."""
     width: Count | None = None
     """Channels of the first convolution, or features of a token; the network's own by default, 32 of the ConvNet."""
+    depth: Count | None = None
+    """Blocks of a vision transformer; 12 by default."""
     batch_size: Count = 64
     """Images in a step, on all devices together."""
     image_size: Count = 32
@@ -149,6 +151,8 @@ class Benchmark:
     """Do not time, but compile for another device: h100, or a topology of TPUs such as v5e:2x2."""
     devices: Count = 1
     """How many devices of the target share the batch."""
+    communication: bool = False
+    """With --target: compare what the methods send between devices, with parameters on each device and with FSDP."""
     all: bool = False
     """Time the main methods on four networks on the device at hand, the most important first; the same command resumes.
     Of the options above only ROUNDS counts."""
@@ -163,6 +167,8 @@ class Benchmark:
         """Raises ValueError for settings that exclude each other; see :func:`experiments.ranges.check`."""
         if self.all and self.target is not None:
             raise ValueError("--all times the device at hand, --target compiles for another: give one of them.")
+        if self.communication and (self.target is None or self.devices == 1):
+            raise ValueError("--communication is what several devices of a --target send: give it and --devices.")
         if self.page is not None and not self.all:
             raise ValueError("--page is for the tables of --all.")
 

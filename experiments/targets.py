@@ -5,6 +5,7 @@ on a machine with the device; only what is found out by running kernels, the tun
 """
 
 import importlib.util
+import math
 import os
 import re
 from collections import Counter
@@ -20,6 +21,13 @@ _UNITS = {"K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _KERNELS = ("fusion", "custom-call", "copy", "copy-start", "sort", "reduce", "transpose", "concatenate")
 _COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
 _INSTRUCTION = re.compile(r"^ +(?:ROOT )?%?[\w.-]+ = .*?[\])}] ([a-z][\w-]*)\(", re.MULTILINE)
+_COLLECTIVE = re.compile(
+    r"^ +(?:ROOT )?%?(?P<name>[\w.-]+) = (?P<shape>.*?[\])}]) "
+    rf"(?P<kind>{'|'.join(_COLLECTIVES)})(?P<part>-start|-done)?"
+    r"\(%?(?P<operand>[\w.-]*)(?P<attributes>.*)$",
+    re.MULTILINE,
+)
+_ARRAY = re.compile(r"\b([a-z]+)(\d*)\w*\[([\d,]*)\]")
 
 _H100 = """
 gpu_device_info {
@@ -104,11 +112,16 @@ class Counts(NamedTuple):
       launches: kernels that a GPU starts: fusions, calls of libraries, copies, and what else computes by itself.
       cycles: that a TPU takes, as its compiler estimates instruction by instruction; 0 in a GPU's program.
       collectives: how many of each kind, by name.
+      collective_bytes: of the arrays that they sum, gather, scatter or move, whole ones, by name.
+      sent_bytes: what each device sends in all, along a ring of n: in an all-reduce 2(n − 1)/n of the array, in a
+        permutation the array, and in all others (n − 1)/n of it.
     """
 
     launches: int
     cycles: int
     collectives: dict[str, int]
+    collective_bytes: dict[str, int]
+    sent_bytes: int
 
 
 def find(name: str, devices: int | None = None) -> Target:
@@ -190,16 +203,53 @@ def count(text: str) -> Counts:
     """Counts in the optimized program's text, ``compiled.as_text()``.
 
     Example:
-      >>> count('''ENTRY %main (x: f32[2]) -> f32[2] {
+      >>> counts = count('''HloModule step, num_partitions=4
+      ... ENTRY %main (x: f32[2]) -> f32[2] {
       ...   %x = f32[2]{0} parameter(0)
-      ...   %sum = f32[2]{0} all-reduce(%x), to_apply=%add
+      ...   %sum = f32[2]{0} all-reduce(%x), replica_groups={}, to_apply=%add
       ...   ROOT %y = f32[2]{0} fusion(%sum), kind=kLoop, backend_config={"estimated_cycles":"120"}
       ... }''')
-      Counts(launches=1, cycles=120, collectives={'all-reduce': 1})
+      >>> counts.launches, counts.cycles, counts.collectives, counts.collective_bytes, counts.sent_bytes
+      (1, 120, {'all-reduce': 1}, {'all-reduce': 8}, 12)
     """
-    collectives = Counter(re.findall(rf" ({'|'.join(_COLLECTIVES)})(?:-start)?\(", text))
+    numbers, sizes, sent = Counter[str](), Counter[str](), 0.0
+    partitions = re.search(r"\bnum_partitions=(\d+)", text)
+    started: dict[str, int] = {}  # devices in a group of each collective in flight
+    for found in _COLLECTIVE.finditer(text):
+        if found["part"] == "-done":
+            devices = started[found["operand"]]
+        else:
+            devices = _group_size(found["attributes"]) or (int(partitions[1]) if partitions else 1)
+        if found["part"] == "-start":  # its shape holds operands and results, that of its end results alone
+            started[found["name"]] = devices
+            continue
+        kind, size = found["kind"], _bytes(found["shape"])
+        size *= devices if kind == "reduce-scatter" else 1
+        numbers[kind] += 1
+        sizes[kind] += size
+        rounds = 1.0 if kind == "collective-permute" else (devices - 1) / devices
+        sent += size * rounds * (2 if kind == "all-reduce" else 1)
     return Counts(
         launches=sum(name in _KERNELS for name in _INSTRUCTION.findall(entry(text))),
         cycles=sum(map(int, re.findall(r'"estimated_cycles":"(\d+)"', text))),
-        collectives=dict(sorted(collectives.items())),
+        collectives=dict(sorted(numbers.items())),
+        collective_bytes=dict(sorted(sizes.items())),
+        sent_bytes=round(sent),
+    )
+
+
+def _group_size(attributes: str) -> int | None:
+    """How many devices a collective runs over, of ``{{0,1},{2,3}}`` or ``[2,2]<=[4]``; None for all."""
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed is not None:
+        return listed[1].count(",") + 1
+    counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
+    return None if counted is None else int(counted[1])
+
+
+def _bytes(shape: str) -> int:
+    """Of an array, or of the arrays of a tuple, as ``(f32[8,4]{1,0}, pred[])``."""
+    return sum(
+        math.prod(map(int, filter(None, lengths.split(",")))) * max(1, int(bits or 8) // 8)
+        for _, bits, lengths in _ARRAY.findall(shape)
     )

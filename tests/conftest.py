@@ -1,6 +1,7 @@
 """Settings that must stand before jax starts, and what many tests share."""
 
 import os
+from pathlib import Path
 
 import hypothesis
 import jax
@@ -16,6 +17,19 @@ jax.config.update("jax_num_cpu_devices", 8)  # as a mesh for the tests of shardi
 # The first example of a property compiles, so a deadline would only measure the machine. CI repeats itself.
 hypothesis.settings.register_profile("project", deadline=None, derandomize="CI" in os.environ)
 hypothesis.settings.load_profile("project")
+
+
+# Every compiled program takes a few mappings of memory, of which Linux allows a process 65,530.
+_MANY_MAPPINGS = 25_000
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _forgotten_programs():
+    """After a module lets go of the compiled programs if they are many: with too many the compiler ends the process."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and mappings.read_bytes().count(b"\n") > _MANY_MAPPINGS:
+        jax.clear_caches()
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ import optax
 
 import crsam_jax
 from experiments import configs, ranges, tables
-from experiments.benchmark import suite
+from experiments.benchmark import communication, suite
 from experiments.benchmark.steps import LossFn, Method, batch, crsam, initial, make_loss, make_step, methods
 from experiments.progress import track
 from experiments.targets import Target, count, find
@@ -39,8 +39,15 @@ def benchmark(config: configs.Benchmark = configs.Benchmark()) -> None:  # noqa:
     if config.all:
         tables.show(suite.table(suite.run(config)))
         return
+    if config.communication:
+        tables.show(communication.table(communication.communication(config)), keys=2)
+        return
     rows = timings(config) if config.target is None else costs(config)
     tables.show(timing_table(rows) if config.target is None else cost_table(rows))
+    _write(config, rows)
+
+
+def _write(config: configs.Benchmark, rows: Sequence[Row]) -> None:
     if config.out is not None:
         config.out.parent.mkdir(parents=True, exist_ok=True)
         tables.write(config.out, rows)
@@ -141,7 +148,7 @@ def _gradients(calls: int) -> str:
 
 
 def costs(config: configs.Benchmark) -> list[Row]:
-    """Compiles all programs: a row of each with what the compiler planned."""
+    """Compiles all programs: a row of each with what the compiler planned, written as soon as it is there."""
     target = find(config.target or "", config.devices)
     loss_fn = make_loss(config)
     base = optax.sgd(0.1, momentum=0.9)
@@ -170,12 +177,15 @@ def costs(config: configs.Benchmark) -> list[Row]:
             "over_sgd": over_sgd,
             "over_floor": over_sgd / method.points,  # over as many steps of SGD as points
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,  # of each device
-            "collectives": ", ".join(f"{number} {name}" for name, number in counts.collectives.items()),
+            "collectives": communication.by_name(counts.collectives),
+            "collective_bytes": communication.by_name(counts.collective_bytes),  # of whole arrays
+            "sent_bytes": counts.sent_bytes,  # by each device, by rings
             "compile_seconds": seconds,  # with tracing and lowering
             # Of each device; NaN where the compiler does not say, as that for GPUs.
             "flops": (compiled.cost_analysis() or {}).get("flops", math.nan),
         }
         rows.append(row)
+        _write(config, rows)
     return rows
 
 
@@ -211,6 +221,7 @@ def cost_table(rows: Sequence[Row]) -> str:
             "GFLOP a device": "–" if math.isnan(row["flops"]) else f"{row['flops'] / 1e9:,.1f}",
             "temporaries MB": f"{row['temporary_bytes'] / 1e6:,.0f}",
             "collectives": row["collectives"] or "–",
+            "a device sends MB": f"{row['sent_bytes'] / 1e6:,.1f}" if row["sent_bytes"] else "–",
             "compile s": f"{row['compile_seconds']:.1f}",
         }
         for row in rows
@@ -221,5 +232,6 @@ def cost_table(rows: Sequence[Row]) -> str:
 
 
 def _table(title: str, cells: Sequence[dict[str, str]], note: str) -> str:
-    lines = [list(row.values()) for row in cells]
-    return f"{title}\n\n{tables.markdown(list(cells[0]), lines)}\n{note}"
+    known = [name for name in cells[0] if any(row[name] != "–" for row in cells)]
+    lines = [[row[name] for name in known] for row in cells]
+    return f"{title}\n\n{tables.markdown(known, lines)}\n{note}"

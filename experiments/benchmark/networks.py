@@ -26,7 +26,7 @@ class Problem(NamedTuple):
 
 def images(model: str, batch_size: int, image_size: int, dtype: Any = "float32", width: int | None = None) -> Problem:
     """One of experiments.models on random images."""
-    config = Benchmark(model, width, batch_size, image_size, dtype)
+    config = Benchmark(model, width, batch_size=batch_size, image_size=image_size, dtype=dtype)
     return Problem(
         steps.make_loss(config), lambda: steps.initial(config), lambda: steps.batch(config), batch_size, dtype
     )

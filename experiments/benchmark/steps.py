@@ -100,6 +100,7 @@ def batch(config: Benchmark) -> dict[str, jax.Array]:
 
 
 def _network(config: Benchmark) -> nnx.Module:
-    options = {} if config.width is None else {"width": config.width}
+    options = {"width": config.width, "depth": config.depth}
+    options = {name: value for name, value in options.items() if value is not None}
     shape = (config.image_size, config.image_size, 3)
     return models.build(config.model, _CLASSES, shape, nnx.Rngs(0), jnp.dtype(config.dtype), **options)
