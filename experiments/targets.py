@@ -215,6 +215,7 @@ def count(text: str) -> Counts:
     numbers, sizes, sent = Counter[str](), Counter[str](), 0.0
     partitions = re.search(r"\bnum_partitions=(\d+)", text)
     started: dict[str, int] = {}  # devices in a group of each collective in flight
+    fused = set[tuple[str, str, int]]()
     for found in _COLLECTIVE.finditer(text):
         if found["part"] == "-done":
             devices = started[found["operand"]]
@@ -225,6 +226,10 @@ def count(text: str) -> Counts:
             continue
         kind, size = found["kind"], _bytes(found["shape"])
         size *= devices if kind == "reduce-scatter" else 1
+        channel = re.search(r"\bchannel_id=(\d+)", found["attributes"])
+        if channel is not None and (kind, channel[1], size) in fused:
+            continue  # a TPU's collective runs beside several fusions, and each of them names it
+        fused |= {(kind, channel[1], size)} if channel else set()
         numbers[kind] += 1
         sizes[kind] += size
         rounds = 1.0 if kind == "collective-permute" else (devices - 1) / devices
@@ -239,12 +244,18 @@ def count(text: str) -> Counts:
 
 
 def _group_size(attributes: str) -> int | None:
-    """How many devices a collective runs over, of ``{{0,1},{2,3}}`` or ``[2,2]<=[4]``; None for all."""
+    """How many devices a collective runs over, of ``{{0,1},{2,3}}``, ``[2,2]<=[4]`` or ``mesh['a'=2,'b'=2] {'b'}``."""
     listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
     if listed is not None:
         return listed[1].count(",") + 1
     counted = re.search(r"replica_groups=\[\d+,(\d+)\]", attributes)
-    return None if counted is None else int(counted[1])
+    if counted is not None:
+        return int(counted[1])
+    meshed = re.search(r"replica_groups=mesh\[(.*?)\] \{(.*?)\}", attributes)
+    if meshed is None:
+        return None
+    lengths = dict(re.findall(r"'(\w+)'=(\d+)", meshed[1]))
+    return math.prod(int(lengths[axis]) for axis in re.findall(r"'(\w+)'", meshed[2]))
 
 
 def _bytes(shape: str) -> int:

@@ -75,9 +75,31 @@ ENTRY %main (x: f32[8], y: f32[8]) -> (f32[8], f32[8]) {
 }
 """
     counts = count(text)
-    assert counts == (3, 120, {"all-gather": 1, "all-reduce": 1})
+    assert counts[:3] == (3, 120, {"all-gather": 1, "all-reduce": 1})
+    assert counts.collective_bytes == {"all-gather": 32, "all-reduce": 32}
+    assert counts.sent_bytes == 0  # a program of one device
     with pytest.raises(ValueError, match="not the text of a compiled program"):
         count("nothing")
+
+
+def test_bytes_are_those_of_whole_arrays_and_a_ring_sends_them():
+    text = """HloModule step, num_partitions=8
+
+ENTRY %main (x: f32[16]) -> f32[8] {
+  %x = f32[16]{0} parameter(0)
+  %a = (f32[16]{0}, /*index=1*/bf16[4,8]{1,0:T(8,128)S(1)}) all-reduce(%x), channel_id=1, replica_groups={{0,1},{2,3}}
+  %start = ((f32[2]{0}), f32[16]{0}) all-gather-start(%x), channel_id=2, replica_groups=[1,8]<=[8], dimensions={0}
+  %done = f32[16]{0} all-gather-done(%start)
+  %scattered = f32[4]{0} reduce-scatter(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  %again = f32[4]{0} reduce-scatter(%x), channel_id=3, replica_groups=mesh['a'=2,'b'=4] {'b'}, to_apply=%add
+  ROOT %moved = pred[8]{0} collective-permute(%x), channel_id=4, source_target_pairs={{0,1},{1,0}}
+}
+"""
+    counts = count(text)
+    assert counts.collectives == {"all-gather": 1, "all-reduce": 1, "collective-permute": 1, "reduce-scatter": 1}
+    expected = {"all-gather": 64, "all-reduce": 64 + 64, "collective-permute": 8, "reduce-scatter": 64}
+    assert counts.collective_bytes == expected
+    assert counts.sent_bytes == 128 * 2 // 2 + 64 * 7 // 8 + 64 * 3 // 4 + 8
 
 
 def test_a_batch_divided_among_devices_is_one_all_reduce(mesh):
