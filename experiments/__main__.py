@@ -16,7 +16,7 @@ def main() -> int:
     from experiments import supervisor
 
     if {*sys.argv[1:2]} & _TRAINING and not {"-h", "--help", "--distributed"} & {*sys.argv}:
-        print("loading ...", file=sys.stderr, flush=True)  # the libraries take a while
+        print("loading ...", flush=True)  # the libraries take a while
     if "--distributed" in sys.argv and not supervisor.is_supervised():
         return supervisor.supervise(sys.argv[1:])
     if supervisor.is_supervised():
