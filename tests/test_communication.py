@@ -37,7 +37,8 @@ def counted():
 def test_gradients_are_summed_as_often_as_the_method_needs(counted, layout):
     """Once in m-SAM, whatever it evaluates, as in SGD; global SAM sums two gradients, CR-SAM three."""
     found, size = counted
-    summed = {name: counts.collective_bytes["all-reduce"] for (at, name), counts in found.items() if at == layout}
+    both = lambda sizes: sizes["all-reduce"] + sizes.get("reduce-scatter", 0)
+    summed = {name: both(counts.collective_bytes) for (at, name), counts in found.items() if at == layout}
     assert size <= summed["SGD"] < size + SCALARS
     expected = {"msam": 1, "m-SAM": 1, "m-CR-SAM": 1, "sam": 2, "crsam": 3}
     for name, times in expected.items():
@@ -45,6 +46,7 @@ def test_gradients_are_summed_as_often_as_the_method_needs(counted, layout):
         assert times * size <= summed[name] < times * size + surplus, name
     for name in ("m-SAM, sharpened", "m-CR-SAM, sharpened"):
         assert summed[name] == summed["SGD"]
+        assert found[layout, name].sent_bytes <= found[layout, "SGD"].sent_bytes
 
 
 def test_what_m_sam_reports_is_summed_together_with_its_gradient(counted):
