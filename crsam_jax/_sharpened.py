@@ -125,7 +125,7 @@ def _with_gradient_of(method: Method, loss_and_aux: Any, settings_of: Any) -> Ca
     @functools.partial(value.defjvp, symbolic_zeros=True)
     def _(primals: Any, tangents: Any) -> Any:
         params, arrays = primals
-        change, other_changes = jax.tree.map(_dense, tangents, is_leaf=_is_zero)
+        change, other_changes = jax.tree.map(_dense, tangents, primals, is_leaf=_is_zero)
         (loss, aux), grads = jax.value_and_grad(loss_and_aux, has_aux=True)(params, arrays)
         stage = method(lambda w: loss_at(w, arrays), **settings_of(arrays))
         state = stage.init(params)
@@ -177,15 +177,16 @@ def _is_zero(tangent: Any) -> bool:
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero)
 
 
-def _dense(tangent: Any) -> Any:
-    return _no_change(tangent) if _is_zero(tangent) else tangent
+def _dense(tangent: Any, primal: Any) -> Any:
+    """The tangent, of zeros where there is none: as sharded as the primal, and varying along the same mesh axes.
 
-
-def _no_change(leaf: Any) -> Any:
-    """A tangent of zeros; integers and keys have a tangent without data."""
-    if jnp.issubdtype(leaf.dtype, jnp.floating):
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    return np.zeros(leaf.shape, jax.dtypes.float0)
+    Integers and keys have a tangent without data.
+    """
+    if not _is_zero(tangent):
+        return tangent
+    if jnp.issubdtype(primal.dtype, jnp.floating):
+        return jnp.zeros_like(primal)
+    return np.zeros(primal.shape, jax.dtypes.float0)
 
 
 def _refuse_schedules(settings: dict[str, Any]) -> None:

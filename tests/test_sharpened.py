@@ -295,3 +295,31 @@ def test_functional_sam_takes_its_network_and_criterion_in_the_step():
     assert matrix_products(programs[0]) == matrix_products(programs[1])
     plain = jax.grad(lambda params: criterion(network(params, x), y))(params)
     assert np.abs(flat(found[1]) - flat(plain)).max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["Auto", "Explicit"])
+def test_convolutions_inside_shard_map_with_the_batch_as_an_argument(kind):
+    """They check that all of their operands vary along the same axes, zeros for the batch's tangent included."""
+    if len(jax.devices()) < 2:
+        pytest.skip("needs 2 devices")
+
+    def loss_fn(w, x):
+        y = jax.lax.conv_general_dilated(x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
+        return jnp.mean(jnp.tanh(y) ** 2)
+
+    sharp = sharpened(loss_fn, crsam_jax.crsam, rho=0.1)
+    w, x = jax.random.normal(jax.random.key(0), (3, 3, 2, 4)), jax.random.normal(jax.random.key(1), (4, 8, 8, 2))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(getattr(jax.sharding.AxisType, kind),))
+
+    def step(w, x):
+        loss, gradient = jax.value_and_grad(sharp)(jax.lax.pcast(w, ("data",), to="varying"), x)
+        return jax.lax.pmean(loss, "data"), jax.lax.pmean(gradient, "data")
+
+    with jax.set_mesh(mesh):
+        split = jax.device_put(x, jax.NamedSharding(mesh, jax.P("data")))
+        specs = dict(in_specs=(jax.P(), jax.P("data")), out_specs=(jax.P(), jax.P()))
+        loss, gradient = jax.jit(jax.shard_map(step, mesh=mesh, **specs))(w, split)
+        loss, gradient = np.asarray(loss), np.asarray(gradient)
+    parts = [jax.value_and_grad(sharp)(w, part) for part in (x[:2], x[2:])]
+    np.testing.assert_allclose(loss, np.mean([float(part[0]) for part in parts]), rtol=1e-5)
+    np.testing.assert_allclose(gradient, (parts[0][1] + parts[1][1]) / 2, rtol=1e-4, atol=1e-6)

@@ -239,13 +239,17 @@ def several(tmp_path, cache_folder):
     """Two processes that train; ends once both of them do."""
     options = ("--methods", "base", "sam", "--seeds", "1", "--processes", "2", "--out", tmp_path)
     process = start(("compare", "digits-convnet", *LONG, *options), cache_folder, start_new_session=True)
-    deadline = time.monotonic() + 120
-    while len(list(tmp_path.glob("*/metrics.csv"))) < 2 or any(
-        len(path.read_text().splitlines()) < 3 for path in tmp_path.glob("*/metrics.csv")
-    ):
-        assert time.monotonic() < deadline
-        assert process.poll() is None
-        time.sleep(0.1)
+    deadline = time.monotonic() + 240
+    try:
+        while len(list(tmp_path.glob("*/metrics.csv"))) < 2 or any(
+            len(path.read_text().splitlines()) < 3 for path in tmp_path.glob("*/metrics.csv")
+        ):
+            assert time.monotonic() < deadline
+            assert process.poll() is None
+            time.sleep(0.1)
+    except AssertionError:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
     children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
     assert len(children) >= 2
     return process, children
