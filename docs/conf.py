@@ -33,6 +33,7 @@ extensions = [
 exclude_patterns = [
     "digits/table.md",
     "figures/table3.md",
+    "language/table.md",
     "study/*/*.md",
     "study/*/*/*.md",
 ]
