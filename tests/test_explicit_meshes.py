@@ -104,7 +104,8 @@ ON_EIGHT = ("sam", "asam", "crsam", "dynamic sparse", "look", "msam")
 
 @pytest.mark.parametrize(
     ("name", "devices"),
-    [(name, devices) for name in METHODS for devices in (1, 2)]
+    [(name, 2) for name in METHODS]
+    + [(name, 1) for name in ON_EIGHT]
     + [pytest.param(name, 8, marks=pytest.mark.slow) for name in ON_EIGHT],
 )
 def test_sharded_params_trace_and_equal_one_device(name, devices):
