@@ -235,7 +235,7 @@ def _of_step(
     if jax.tree.leaves(methods[0].ascent):  # the first step of some ascents has no direction yet
         _, before = update(elsewhere.grads, before, elsewhere.params, **kwargs, **choice)
     updates, after = update(here.grads, before, here.params, **kwargs, **choice)
-    wrong = list(_of_first_step(_methods(before)[0], _methods(after)[0], here, tolerance))
+    wrong = list(_of_step_here(_methods(before)[0], _methods(after)[0], here, tolerance))
     if not wrong:
         _, later = update(elsewhere.grads, after, elsewhere.params, **kwargs, **choice)
         wrong = list(_of_second_step(_methods(later)[0], here, elsewhere, tolerance))
@@ -266,7 +266,7 @@ def _of_step(
         )
 
 
-def _of_first_step(
+def _of_step_here(
     before: SharpnessAwareState, method: SharpnessAwareState, here: _Point, tolerance: float
 ) -> Iterator[str]:
     """What is wrong in a step, from the method's state before and after it."""

@@ -93,8 +93,9 @@ def carry_out(name: str, jobs: Sequence[Job], run: Run, processes: int = 1) -> N
     for job in jobs:
         run_folder.check_free(job.recipe, job.folder)
     missing = [job for job in jobs if not is_complete(job)]
-    for dataset in dict.fromkeys(job.recipe.dataset for job in missing if is_own(job.recipe.dataset)):
-        print(note_of(next(job.recipe for job in missing if job.recipe.dataset == dataset), run.data_dir))
+    own = {job.recipe.dataset: job.recipe for job in reversed(missing) if is_own(job.recipe.dataset)}
+    for recipe in own.values():
+        print(note_of(recipe, run.data_dir))
     with Bar(console := Console(), len(jobs), len(jobs) - len(missing), "runs", "training") as bar:
 
         def show(job: Job) -> None:

@@ -7,7 +7,6 @@ machine; the seconds are noted too.
 
 import functools
 import inspect
-import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ import optax
 from flax import nnx
 
 import crsam_jax as cj
-from experiments import files, tables
+from experiments import files, run_folder, tables
 from experiments.benchmark import networks
 from experiments.summary import paired
 from experiments.tables import mean_and_deviation
@@ -135,12 +134,12 @@ def language(
         FileExistsError: if the folder holds runs of another setting.
     """
     out.mkdir(parents=True, exist_ok=True)
-    _check_setting(setting, out / "setting.json")
+    run_folder.keep_settings(setting._asdict(), out / "setting.json", "runs of another setting")
     text, other = documentation(setting.length), source_code(setting.length)
+    done = {(row.arm, row.seed) for row in tables.read(out / "runs.csv", Result)}
     for arm in arms:
         rho = _searched(arm, setting, text, out)
         for seed in range(seeds):
-            done = {(row.arm, row.seed) for row in tables.read(out / "runs.csv", Result)}
             if (arm, seed) not in done:
                 result = train(arm, seed, rho, setting, text, other)
                 tables.append(out / "runs.csv", [result])
@@ -240,18 +239,11 @@ def _searched(arm: str, setting: Setting, text: _Text, out: Path) -> float:
     if len(radii := ARMS[arm].radii) == 1:
         return radii[0]
     path, short = out / "search.csv", setting._replace(evaluations=setting.evaluations // setting.search_part)
+    done = {(row.arm, row.rho) for row in tables.read(path, Result)}
     for rho in radii:
-        if (arm, rho) not in {(row.arm, row.rho) for row in tables.read(path, Result)}:
+        if (arm, rho) not in done:
             tables.append(path, [train(arm, _SEARCH_SEED, rho, short, text, None)])
     return min((row for row in tables.read(path, Result) if row.arm == arm), key=lambda row: row.loss).rho
-
-
-def _check_setting(setting: Setting, path: Path) -> None:
-    asked = json.dumps(setting._asdict(), indent=2) + "\n"
-    if not path.exists():
-        files.replace(path, asked)
-    elif path.read_text() != asked:
-        raise FileExistsError(f"{path.parent} holds runs of another setting, see {path.name}: name another --out.")
 
 
 def _problem(setting: Setting, seed: int) -> tuple[_Loss, Any]:

@@ -23,6 +23,14 @@ def save_json(content: Any, path: Path) -> None:
     files.replace(path, json.dumps(content, indent=2) + "\n")
 
 
+def keep_settings(settings: Any, path: Path, others: str) -> None:
+    """Notes the settings of a folder's results; with other ones there, a FileExistsError says what the folder holds."""
+    text = json.dumps(settings, indent=2) + "\n"
+    if path.exists() and path.read_text() != text:
+        raise FileExistsError(f"{path.parent} holds {others}; name another folder with --out.")
+    path.write_text(text)
+
+
 def check_free(recipe: Recipe, folder: Path) -> None:
     """Checks that a folder is empty, or holds the run of this very recipe, or a shorter one of it that can be extended.
 

@@ -18,7 +18,7 @@ def in_python_file(name: str) -> tuple[Path, str] | None:
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is that of an ``.npz`` file or a folder: ``./photos``, not the bare ``photos``.
+    """Whether a name is the path of an ``.npz`` file or a folder: ``./photos``, not the bare ``photos``.
 
     Example:
       >>> [is_path(name) for name in ("./photos", "photos/", "a.npz", "mnist", "imagenet2012_corrupted/fog_3")]

@@ -221,7 +221,7 @@ def count(text: str) -> Counts:
             devices = started[found["operand"]]
         else:
             devices = _group_size(found["attributes"]) or (int(partitions[1]) if partitions else 1)
-        if found["part"] == "-start":  # its shape holds operands and results, that of its end results alone
+        if found["part"] == "-start":  # its shape holds operands and results, the shape of its end only results
             started[found["name"]] = devices
             continue
         kind, size = found["kind"], _bytes(found["shape"])
@@ -241,6 +241,16 @@ def count(text: str) -> Counts:
         collective_bytes=dict(sorted(sizes.items())),
         sent_bytes=round(sent),
     )
+
+
+def by_name(numbers: dict[str, int]) -> str:
+    """As a cell of a table.
+
+    Example:
+      >>> by_name({"all-gather": 2, "all-reduce": 1})
+      '2 all-gather, 1 all-reduce'
+    """
+    return ", ".join(f"{number} {name}" for name, number in numbers.items())
 
 
 def _group_size(attributes: str) -> int | None:

@@ -23,7 +23,7 @@ from experiments.resume import check_not_lost, clear_way, resume
 def train(name: str, recipe: Recipe, run: Run = Run(), quiet: bool = False) -> Path:  # noqa: B008
     """Trains one network. After any interruption the same call resumes.
 
-    The result equals that of an uninterrupted run, bit by bit on the same hardware.
+    It ends as an uninterrupted run would, bit by bit on the same hardware.
 
     Args:
       name: of the recipe, for the folder.

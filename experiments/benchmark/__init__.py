@@ -20,9 +20,20 @@ import optax
 import crsam_jax
 from experiments import configs, ranges, tables
 from experiments.benchmark import communication, suite
-from experiments.benchmark.steps import LossFn, Method, batch, crsam, initial, make_loss, make_step, methods
+from experiments.benchmark.steps import (
+    LossFn,
+    Method,
+    batch,
+    crsam,
+    initial,
+    make_loss,
+    make_step,
+    make_train_step,
+    methods,
+    write,
+)
 from experiments.progress import track
-from experiments.targets import Target, count, find
+from experiments.targets import Target, by_name, count, find
 
 Row = dict[str, Any]
 """Of the CSV file, by column."""
@@ -42,15 +53,12 @@ def benchmark(config: configs.Benchmark = configs.Benchmark()) -> None:  # noqa:
     if config.communication:
         tables.show(communication.table(communication.communication(config)), keys=2)
         return
-    rows = timings(config) if config.target is None else costs(config)
-    tables.show(timing_table(rows) if config.target is None else cost_table(rows))
-    _write(config, rows)
-
-
-def _write(config: configs.Benchmark, rows: Sequence[Row]) -> None:
-    if config.out is not None:
-        config.out.parent.mkdir(parents=True, exist_ok=True)
-        tables.write(config.out, rows)
+    if config.target is not None:
+        tables.show(cost_table(costs(config)))
+        return
+    rows = timings(config)
+    tables.show(timing_table(rows))
+    write(config, rows)
 
 
 class _Program(NamedTuple):
@@ -177,26 +185,21 @@ def costs(config: configs.Benchmark) -> list[Row]:
             "over_sgd": over_sgd,
             "over_floor": over_sgd / method.points,  # over as many steps of SGD as points
             "temporary_bytes": compiled.memory_analysis().temp_size_in_bytes,  # of each device
-            "collectives": communication.by_name(counts.collectives),
-            "collective_bytes": communication.by_name(counts.collective_bytes),  # of whole arrays
+            "collectives": by_name(counts.collectives),
+            "collective_bytes": by_name(counts.collective_bytes),  # of whole arrays
             "sent_bytes": counts.sent_bytes,  # by each device, by rings
             "compile_seconds": seconds,  # with tracing and lowering
             # Of each device; NaN where the compiler does not say, as that for GPUs.
             "flops": (compiled.cost_analysis() or {}).get("flops", math.nan),
         }
         rows.append(row)
-        _write(config, rows)
+        write(config, rows)
     return rows
 
 
 def _planned(config: configs.Benchmark, target: Target, loss_fn: LossFn, method: Method) -> tuple[Any, float]:
     """The compiled training step, and the seconds that it took."""
-    step = make_step(loss_fn, method.tx)
-
-    def train(params: Any, model_state: Any, opt_state: Any, batch: Any) -> Any:
-        updates, model_state, opt_state, loss = step(params, model_state, opt_state, batch)
-        return optax.apply_updates(params, updates), model_state, opt_state, loss
-
+    train = make_train_step(loss_fn, method.tx)
     target = target.with_probe_axis() if method.has_probe_axis else target
     params, model_state = jax.eval_shape(lambda: initial(config))
     state = target.placed((params, model_state, jax.eval_shape(method.tx.init, params)))

@@ -3,7 +3,7 @@
 Global SAM sums two gradients over the devices per step, CR-SAM three. The original m-SAM perturbs each device's part of
 the batch by that part's own gradient, and sums the results alone. Two layouts: parameters and optimizer state on every
 device, or divided among the devices (FSDP), so that each evaluation gathers the weights and scatters the gradients. The
-mesh axis is explicit, as that of ``jax.make_mesh``.
+mesh axis is explicit, as ``jax.make_mesh`` makes it.
 """
 
 import time
@@ -17,10 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import crsam_jax
 from experiments import tables
 from experiments.benchmark import steps
-from experiments.benchmark.steps import LossFn, make_step
+from experiments.benchmark.steps import LossFn, make_step, make_train_step
 from experiments.configs import Benchmark
 from experiments.progress import track
-from experiments.targets import count, find
+from experiments.targets import by_name, count, find
 
 Row = dict[str, Any]
 """Of the CSV file, by column."""
@@ -87,20 +87,8 @@ def communication(config: Benchmark) -> list[Row]:
                 "compile_seconds": seconds,  # with tracing and lowering
             }
         )
-        if config.out is not None:
-            config.out.parent.mkdir(parents=True, exist_ok=True)
-            tables.write(config.out, rows)
+        steps.write(config, rows)
     return rows
-
-
-def by_name(numbers: dict[str, int]) -> str:
-    """As a cell of a table.
-
-    Example:
-      >>> by_name({"all-gather": 2, "all-reduce": 1})
-      '2 all-gather, 1 all-reduce'
-    """
-    return ", ".join(f"{number} {name}" for name, number in numbers.items())
 
 
 def table(rows: Sequence[Row]) -> str:
@@ -134,7 +122,7 @@ def programs(loss_fn: LossFn, base: optax.GradientTransformation, mesh: Mesh, la
     whole = _gathering(loss_fn)
 
     def of_batch(name: str, points: int, tx: optax.GradientTransformation) -> Program:
-        return Program(name, points, tx.init, _whole(whole, optax.with_extra_args_support(tx)))
+        return Program(name, points, tx.init, make_train_step(whole, optax.with_extra_args_support(tx)))
 
     def by_stage(name: str, points: int, method: Any) -> Program:
         tx = method(loss_fn, has_aux=True, execution=_LOCAL)
@@ -194,17 +182,6 @@ def _gathering(loss_fn: LossFn) -> LossFn:
     return gathering
 
 
-def _whole(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
-    """The usual step: one perturbation for the whole batch, the sums left to the compiler."""
-    step = make_step(loss_fn, tx)
-
-    def train(params: Any, model_state: Any, opt_state: Any, batch: Any) -> Any:
-        updates, model_state, opt_state, loss = step(params, model_state, opt_state, batch)
-        return optax.apply_updates(params, updates), model_state, opt_state, loss
-
-    return train
-
-
 _PartGradient = Callable[..., tuple[Any, Any, Any, jax.Array]]
 """``(params, model_state, state, batch) -> gradient, model_state, state, loss`` of a device's part, all averaged."""
 
@@ -247,7 +224,7 @@ def _in_parts(
 ) -> Callable[..., Any]:
     """Each device makes the gradient of its part; the base optimizer takes the step with the mean.
 
-    ``layout`` is that of the mean; it is brought into that of the params.
+    The mean comes in ``layout``, and is brought into the layout of the params.
     """
 
     def local(params: Any, model_state: Any, state: Any, batch: Any) -> Any:

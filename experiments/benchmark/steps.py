@@ -1,6 +1,6 @@
 """What is compared: steps of optax's SAM, this library's, and CR-SAM in each strategy, on one network and batch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -9,7 +9,7 @@ import optax
 from flax import nnx
 
 import crsam_jax
-from experiments import models
+from experiments import models, tables
 from experiments.configs import Benchmark
 
 LossFn = Callable[..., tuple[jax.Array, Any]]
@@ -69,6 +69,24 @@ def make_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> Cal
         return updates, model_state, opt_state, loss
 
     return step
+
+
+def make_train_step(loss_fn: LossFn, tx: optax.GradientTransformationExtraArgs) -> Callable[..., Any]:
+    """From params, model state, optimizer state and a batch to the next of the three, and the loss."""
+    step = make_step(loss_fn, tx)
+
+    def train(params: Any, model_state: Any, opt_state: Any, batch: Any) -> tuple[Any, Any, Any, jax.Array]:
+        updates, model_state, opt_state, loss = step(params, model_state, opt_state, batch)
+        return optax.apply_updates(params, updates), model_state, opt_state, loss
+
+    return train
+
+
+def write(config: Benchmark, rows: Sequence[dict[str, Any]]) -> None:
+    """Writes the rows to the file that was asked for, if one was."""
+    if config.out is not None:
+        config.out.parent.mkdir(parents=True, exist_ok=True)
+        tables.write(config.out, rows)
 
 
 def make_loss(config: Benchmark) -> LossFn:

@@ -25,7 +25,7 @@ Paths = dict[str, list[list[Path]]]
 
 
 def load(folder: Path, image_size: int, cache_dir: str | Path | None = None) -> Dataset:
-    """Reads all images; those of several sizes, or larger than ``image_size``, become squares of that side.
+    """Reads all images; with several sizes, or larger than ``image_size``, they become squares of that side.
 
     Classes are the folders in ``train``, in alphabetical order. Decoded images are kept in the cache.
 

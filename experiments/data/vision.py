@@ -1,7 +1,8 @@
 """Image classification data that TFDS prepared, whole, in memory."""
 
 import io
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,10 @@ from experiments.data.dataset import Dataset, Split, assemble, channel_moments, 
 from experiments.data.source import examples, find_builder, undamaged
 
 NAMES = ("cifar10", "cifar100", "fashion_mnist")
-"""Those of the recipes, whose shape, classes and splits are known."""
+"""The recipes' data sets, whose shape, classes and splits are known."""
+
+Pairs = Iterable[tuple[Any, int]]
+"""Images and their labels."""
 
 _SPLITS = ("train", "test", "validation")
 
@@ -40,8 +44,11 @@ def load(
 
     def decode() -> cache.Arrays:
         with undamaged(name, data_dir):
-            read = _resized(builder, names, image, label, image_size) if is_resized else _as_stored
-            splits = {split: read(builder, split, image, label) for split in names}
+            if is_resized:
+                read = _resized(builder, names, image, label, image_size)
+            else:
+                read = partial(_as_stored, builder, image=image, label=label)
+            splits = {split: _stacked(builder.name, split, read(split)) for split in names}
         return {f"{split}_{part}": array for split, found in splits.items() for part, array in found._asdict().items()}
 
     arrays = cache.kept(_cache_path(builder, cache_dir, image_size if is_resized else None), decode, _parts(names))
@@ -76,18 +83,11 @@ def _parts(splits: list[str]) -> list[str]:
     return [f"{split}_{part}" for split in splits for part in Split._fields]
 
 
-def _as_stored(builder: Any, split: str, image: str, label: str) -> Split:
-    pairs = [(example[image], example[label]) for example in examples(builder.as_data_source(split))]
-    if not pairs:
-        raise ValueError(f"{builder.name} has no example in its split {split}.")
-    pixels, labels = zip(*pairs, strict=True)
-    shapes = {np.shape(image) for image in pixels}
-    if len(shapes) > 1:
-        raise ValueError(f"{builder.name}, {split}: images must have one shape, got {sorted(shapes)[:3]}.")
-    return Split(np.array(pixels, np.uint8), np.array(labels, np.int32))
+def _as_stored(builder: Any, split: str, image: str, label: str) -> Pairs:
+    return ((example[image], example[label]) for example in examples(builder.as_data_source(split)))
 
 
-def _resized(builder: Any, splits: list[str], image: str, label: str, side: int) -> Any:
+def _resized(builder: Any, splits: list[str], image: str, label: str, side: int) -> Callable[[str], Pairs]:
     """What reads a split whose images are brought to the form that all splits share."""
     import tensorflow_datasets as tfds
 
@@ -97,15 +97,18 @@ def _resized(builder: Any, splits: list[str], image: str, label: str, side: int)
             yield Image.open(io.BytesIO(example[image])), example[label]
 
     form = images.common_form(((builder.name, found) for split in splits for found, _ in encoded(split)), side)
+    return lambda split: ((images.pixels(found, form), number) for found, number in encoded(split))
 
-    def read(builder: Any, split: str, image: str, label: str) -> Split:
-        pairs = [(images.pixels(found, form), number) for found, number in encoded(split)]
-        if not pairs:
-            raise ValueError(f"{builder.name} has no example in its split {split}.")
-        pixels, labels = zip(*pairs, strict=True)
-        return Split(np.array(pixels, np.uint8), np.array(labels, np.int32))
 
-    return read
+def _stacked(name: str, split: str, pairs: Pairs) -> Split:
+    found = list(pairs)
+    if not found:
+        raise ValueError(f"{name} has no example in its split {split}.")
+    pixels, labels = zip(*found, strict=True)
+    shapes = {np.shape(image) for image in pixels}
+    if len(shapes) > 1:
+        raise ValueError(f"{name}, {split}: images must have one shape, got {sorted(shapes)[:3]}.")
+    return Split(np.array(pixels, np.uint8), np.array(labels, np.int32))
 
 
 def _cache_path(builder: Any, cache_dir: str | Path | None, side: int | None) -> Path | None:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import itertools
-import json
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -12,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import ranges, tables
+from experiments import ranges, run_folder, tables
 from experiments.configs import Figures, What
 from experiments.figures import measures
 from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
@@ -68,7 +67,8 @@ def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvat
     """Adds what is missing to curvature.csv and ratio.csv (all epochs), and to surface.csv (the last, first seed)."""
     if trained[0].recipe.dataset == "imagenet2012":
         raise ValueError("Figures are drawn from data sets that fit into memory, and ImageNet does not.")
-    _check_settings(settings, out)
+    held = "numbers measured with other settings"
+    run_folder.keep_settings(dataclasses.asdict(settings), out / "settings.json", held)
     losses = None  # the same for all runs, so compiled once
     first_seed = min(run.recipe.seed for run in trained)
     for run in sorted(trained, key=lambda run: run.recipe.seed):
@@ -103,11 +103,3 @@ def _add(
     tables.append(out / file, rows)
     values = {"side": math.isqrt(len(rows)), "elapsed": time.perf_counter() - start}
     Console().print(run + _SAID[file].format(**values, **rows[0]._asdict()))
-
-
-def _check_settings(settings: Figures, out: Path) -> None:
-    """The numbers of a folder are of one kind."""
-    path, text = out / "settings.json", json.dumps(dataclasses.asdict(settings), indent=2) + "\n"
-    if path.exists() and path.read_text() != text:
-        raise FileExistsError(f"{out} holds numbers measured with other settings; name another folder with --out.")
-    path.write_text(text)

@@ -82,7 +82,7 @@ def build(
 def _from_file(
     name: str, num_classes: int, image_shape: Shape, rngs: nnx.Rngs, dtype: jnp.dtype, changes: dict[str, Any]
 ) -> nnx.Module:
-    """A network that a function, or a class, in a user's file makes, of those of the given arguments that it takes."""
+    """The network that a function or class in a user's file makes; it gets the arguments that it takes."""
     given = {"num_classes": num_classes, "image_shape": image_shape, "rngs": rngs, "dtype": dtype}
     known = python_files.parameters(name)
     options = [option for option in known if option not in given]
