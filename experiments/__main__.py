@@ -10,10 +10,10 @@ _TRAINING = {"train", "compare", "tune", "study", "radius", "sensitivity"}
 def main() -> int:
     """Runs one subcommand; an error that the user can fix, or an interruption, is one line and not a traceback."""
     signal.signal(signal.SIGINT, _stop_at_once)
-    from experiments import terminal
+    from experiments.system import terminal
 
     terminal.prepare()
-    from experiments import supervisor
+    from experiments.system import supervisor
 
     if {*sys.argv[1:2]} & _TRAINING and not {"-h", "--help", "--distributed"} & {*sys.argv}:
         print("loading ...", flush=True)  # the libraries take a while

@@ -13,17 +13,18 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments import arms, configs, home, recipes, sources, tables
-from experiments.overrides import find, parse, read
-from experiments.quiet import quiet_libraries
-from experiments.ranges import flat
+from experiments.settings import arms, configs, recipes, sources
+from experiments.settings.overrides import find, parse, read
+from experiments.settings.ranges import flat
+from experiments.system import home, tables
+from experiments.system.quiet import quiet_libraries
 
 COMMANDS = {
-    "train": "cli:train", "compare": "cli:compare", "tune": "cli:tune", "study": "study:study",
-    "radius": "radius:radius", "language": "language:language", "sensitivity": "cli:sensitivity",
-    "evaluate": "evaluate:evaluate_run", "export": "export:export", "list": "cli:list_recipes",
-    "readiness": "readiness:readiness", "contact-sheet": "cli:contact_sheet", "benchmark": "benchmark:benchmark",
-    "figures": "figures.command:figures",
+    "train": "cli:train", "compare": "cli:compare", "tune": "cli:tune", "study": "studies.study:study",
+    "radius": "studies.radius:radius", "language": "studies.language:language", "sensitivity": "cli:sensitivity",
+    "evaluate": "training.evaluate:evaluate_run", "export": "training.export:export", "list": "cli:list_recipes",
+    "readiness": "costs.readiness:readiness", "contact-sheet": "cli:contact_sheet",
+    "benchmark": "costs.benchmark:benchmark", "figures": "figures.command:figures",
 }  # fmt: skip
 """Where the functions are. That of the command at hand alone is imported."""
 
@@ -50,7 +51,7 @@ def train(
         overrides: Changes to it.
         run: How.
     """
-    from experiments.train import train
+    from experiments.training.train import train
 
     changes, base = _changes(recipe, overrides), find(name)
     method, seed = changes.get("method", base.method), changes.get("seed", base.seed)
@@ -70,7 +71,7 @@ def compare(
         config: What to compare.
         run: How.
     """
-    from experiments.compare import compare
+    from experiments.studies.compare import compare
 
     changes = _changes(recipe, overrides, without=("method", "seed"))
     for name in names:
@@ -91,7 +92,7 @@ def tune(
         config: What to search.
         run: How.
     """
-    from experiments.tune import tune
+    from experiments.studies.tune import tune
 
     tune(sources.title(name), find(name), config, _changes(recipe, overrides, without=("method", "seed")), run)
 
@@ -105,7 +106,7 @@ def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | Non
         processes: Run so many trainings at once, one core each.
         out: Folder of the results; results/NAME/sensitivity by default.
     """
-    from experiments.sensitivity import sensitivity
+    from experiments.studies.sensitivity import sensitivity
 
     title = sources.title(name)
     run = dataclasses.replace(_ONCE, out=out or Path("results") / title / "sensitivity")
@@ -136,8 +137,8 @@ def contact_sheet(
         data_dir: Folder of the data sets that TFDS prepared.
         seed: The seed of the random choices.
     """
-    from experiments.augment.contact_sheet import draw_contact_sheet
     from experiments.data import catalog
+    from experiments.networks.augment.contact_sheet import draw_contact_sheet
 
     draw_contact_sheet(out, catalog.load(dataset, data_dir), seed=seed)
     print(f"Drawn: {out}")

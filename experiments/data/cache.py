@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from experiments import home
+from experiments.system import home
 
 Arrays = Mapping[str, np.ndarray]
 

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
-from experiments import python_files
 from experiments.data import arrays, digits, folder, source, vision
 from experiments.data.dataset import Dataset
-from experiments.sources import in_python_file, is_path
+from experiments.settings import python_files
+from experiments.settings.sources import in_python_file, is_path
 
 
 def load(name: str, data_dir: Path | None = None, image_size: int = 224) -> Dataset:

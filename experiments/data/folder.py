@@ -8,11 +8,11 @@ from typing import TypeVar
 import numpy as np
 from PIL import Image
 
-from experiments import files
 from experiments.data import cache
 from experiments.data.dataset import Dataset, Split, assemble
 from experiments.data.images import common_form, pixels
-from experiments.suggestions import unknown
+from experiments.settings.suggestions import unknown
+from experiments.system import files
 
 SPLITS = {"train": ("train", "training"), "test": ("test",), "validation": ("validation", "val", "valid")}
 """The names of the folders of each split."""

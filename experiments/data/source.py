@@ -7,9 +7,9 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
-from experiments import home
-from experiments.interruptions import held_back
-from experiments.sources import there_is_a_path
+from experiments.settings.sources import there_is_a_path
+from experiments.system import home
+from experiments.system.interruptions import held_back
 
 T = TypeVar("T")
 

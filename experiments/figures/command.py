@@ -11,13 +11,15 @@ from typing import Any
 
 from rich.console import Console
 
-from experiments import ranges, run_folder, tables
-from experiments.configs import Figures, What
+from experiments.data.inputs import load, signature_in_memory
 from experiments.figures import measures
 from experiments.figures.drawings import figure_1, figure_2, figure_4, figure_5, interactive, table_3
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
 from experiments.figures.snapshots import Trained, find_runs, snapshots
-from experiments.inputs import load, signature_in_memory
+from experiments.settings import ranges
+from experiments.settings.configs import Figures, What
+from experiments.system import tables
+from experiments.training import run_folder
 
 CURVATURE, RATIO, SURFACE = "curvature.csv", "ratio.csv", "surface.csv"
 

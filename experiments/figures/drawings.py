@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from experiments.figures import style
 from experiments.figures.measures import Curvature, Ratio, SurfacePoint
 from experiments.figures.snapshots import Trained
-from experiments.tables import markdown, mean_and_deviation
+from experiments.system.tables import markdown, mean_and_deviation
 
 Labels = Mapping[str, str]
 Grid = tuple[np.ndarray, np.ndarray, np.ndarray]

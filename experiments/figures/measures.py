@@ -10,14 +10,14 @@ import numpy as np
 import optax
 
 from crsam_jax import curvature, landscape
-from experiments.augment import normalize
-from experiments.configs import Figures
 from experiments.data import subset
 from experiments.data.dataset import Dataset, Split
+from experiments.data.inputs import Batch, Signature
 from experiments.figures.snapshots import Snapshot
-from experiments.inputs import Batch, Signature
-from experiments.network import make_network
-from experiments.recipes import Recipe
+from experiments.networks.augment import normalize
+from experiments.networks.network import make_network
+from experiments.settings.configs import Figures
+from experiments.settings.recipes import Recipe
 
 T = TypeVar("T")
 Loss = Callable[[Any, Batch, Any], jax.Array]
@@ -84,7 +84,7 @@ class Losses(NamedTuple):
 
 def losses_of(recipe: Recipe, signature: Signature) -> Losses:
     """The loss of a recipe's network in evaluation mode, with stored statistics."""
-    network = make_network(recipe, signature)
+    network = make_network(recipe.network, signature)
 
     def each(params: Any, batch: Batch, model_state: Any) -> jax.Array:
         images, labels = batch

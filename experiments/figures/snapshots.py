@@ -8,15 +8,15 @@ from typing import Any, NamedTuple
 
 import jax
 
-from experiments.checkpoints import Checkpoints, check
-from experiments.configs import Run
-from experiments.devices import start
-from experiments.inputs import Signature
-from experiments.logs import EpochRow, read_epochs
-from experiments.optimizers import method_of
-from experiments.program import make_program
-from experiments.recipes import Recipe
-from experiments.restore import read_recipe
+from experiments.data.inputs import Signature
+from experiments.settings.configs import Run
+from experiments.settings.recipes import Recipe
+from experiments.system.devices import start
+from experiments.training.checkpoints import Checkpoints, check
+from experiments.training.logs import EpochRow, read_epochs
+from experiments.training.optimizers import method_of
+from experiments.training.program import make_program
+from experiments.training.restore import read_recipe
 
 # What may differ between runs that are drawn together.
 _OWN = {"method", "seed", "sam", "asam", "crsam", "msam", "s2sam", "late_start", "learning_rate", "weight_decay"}

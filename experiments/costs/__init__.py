@@ -1,0 +1,1 @@
+"""What a step costs, on the device at hand and on others."""

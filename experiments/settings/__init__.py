@@ -1,0 +1,1 @@
+"""What a run is told: recipes, options, changes to them, and their ranges."""

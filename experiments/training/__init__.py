@@ -1,0 +1,1 @@
+"""One run: its step, loop, checkpoints and logs."""
