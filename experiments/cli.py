@@ -20,12 +20,21 @@ from experiments.system import home, tables
 from experiments.system.quiet import quiet_libraries
 
 COMMANDS = {
-    "train": "cli:train", "compare": "cli:compare", "tune": "cli:tune", "study": "studies.study:study",
-    "radius": "studies.radius:radius", "language": "studies.language:language", "sensitivity": "cli:sensitivity",
-    "evaluate": "training.evaluate:evaluate_run", "export": "training.export:export", "list": "cli:list_recipes",
-    "readiness": "costs.readiness:readiness", "contact-sheet": "cli:contact_sheet",
-    "benchmark": "costs.benchmark:benchmark", "figures": "figures.command:figures",
-}  # fmt: skip
+    "train": "cli:train",
+    "compare": "cli:compare",
+    "tune": "cli:tune",
+    "study": "studies.study:study",
+    "radius": "studies.radius:radius",
+    "language": "studies.language:language",
+    "sensitivity": "cli:sensitivity",
+    "evaluate": "training.evaluate:evaluate_run",
+    "export": "training.export:export",
+    "list": "cli:list_recipes",
+    "readiness": "costs.readiness:readiness",
+    "contact-sheet": "cli:contact_sheet",
+    "benchmark": "costs.benchmark:benchmark",
+    "figures": "figures.command:figures",
+}
 """Where the functions are. That of the command at hand alone is imported."""
 
 _WITH_RECIPE = ("train", "compare", "tune")
@@ -39,9 +48,11 @@ Names = Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME")]
 
 
 def train(
-    name: Name, recipe: recipes.Recipe, overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
+    name: Name,
+    recipe: recipes.Recipe,
+    overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
     run: configs.Run = configs.Run(),  # noqa: B008
-) -> None:  # fmt: skip
+) -> None:
     """Train one network. After an interruption the same command goes on where the run was.
 
     Args:
@@ -59,9 +70,12 @@ def train(
 
 
 def compare(
-    names: Names, recipe: recipes.Recipe, overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
-    config: configs.Compare = configs.Compare(), run: configs.Run = _MANY,  # noqa: B008
-) -> None:  # fmt: skip
+    names: Names,
+    recipe: recipes.Recipe,
+    overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
+    config: configs.Compare = configs.Compare(),  # noqa: B008
+    run: configs.Run = _MANY,
+) -> None:
     """Train methods × seeds, or go on with it; write tables (CSV, Markdown) with paired differences, and plots.
 
     Args:
@@ -80,9 +94,12 @@ def compare(
 
 
 def tune(
-    name: Name, recipe: recipes.Recipe, overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
-    config: configs.Tune = configs.Tune(), run: configs.Run = _TRIALS,  # noqa: B008
-) -> None:  # fmt: skip
+    name: Name,
+    recipe: recipes.Recipe,
+    overrides: configs.Overrides = configs.Overrides(),  # noqa: B008
+    config: configs.Tune = configs.Tune(),  # noqa: B008
+    run: configs.Run = _TRIALS,
+) -> None:
     """Search settings of each method on held-out training data, or go on with it; the test data is not read.
 
     Args:
@@ -116,9 +133,15 @@ def sensitivity(name: Name, seeds: int = 10, processes: int = 1, out: Path | Non
 def list_recipes() -> None:
     """List the recipes."""
     columns = {
-        "epochs": "epochs", "batch": "batch_size", "rate": "learning_rate", "decay": "weight_decay",
-        "ρ SAM": "sam.rho", "ρ": "crsam.rho", "α": "crsam.alpha", "β": "crsam.beta",
-    }  # fmt: skip
+        "epochs": "epochs",
+        "batch": "batch_size",
+        "rate": "learning_rate",
+        "decay": "weight_decay",
+        "ρ SAM": "sam.rho",
+        "ρ": "crsam.rho",
+        "α": "crsam.alpha",
+        "β": "crsam.beta",
+    }
     settings = {name: flat(recipe) for name, recipe in recipes.RECIPES.items()}
     rows = [[name, *(f"{own[key]:g}" for key in columns.values())] for name, own in settings.items()]
     caption = "rate: peak learning rate; decay: weight decay; ρ, α, β: CR-SAM's"
@@ -126,9 +149,11 @@ def list_recipes() -> None:
 
 
 def contact_sheet(
-    dataset: str, out: Path = Path("contact-sheet.png"),
-    data_dir: Path | None = None, seed: int = 0,
-) -> None:  # fmt: skip
+    dataset: str,
+    out: Path = Path("contact-sheet.png"),
+    data_dir: Path | None = None,
+    seed: int = 0,
+) -> None:
     """Draw training images, and what each augmentation makes of them.
 
     Args:
@@ -156,9 +181,11 @@ def main() -> int:
         _keep_compiled_programs()
         quiet_libraries()
         tyro.extras.subcommand_cli_from_dict(
-            functions, prog=_program(), description="Experiments around crsam_jax.",
+            functions,
+            prog=_program(),
+            description="Experiments around crsam_jax.",
             config=(tyro.conf.PositionalRequiredArgs,),
-        )  # fmt: skip
+        )
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT

@@ -235,9 +235,11 @@ def _in_parts(
         state, base_state = opt_state
         specs = jax.tree.map(lambda leaf: specs_of(leaf, mesh.size, layout), params)
         mean = jax.shard_map(
-            local, mesh=mesh, in_specs=(_REPLICATED, _REPLICATED, _REPLICATED, PartitionSpec(AXIS)),
+            local,
+            mesh=mesh,
+            in_specs=(_REPLICATED, _REPLICATED, _REPLICATED, PartitionSpec(AXIS)),
             out_specs=(specs, _REPLICATED, _REPLICATED, _REPLICATED),
-        )  # fmt: skip
+        )
         whole = jax.sharding.reshard(params, _REPLICATED)
         grads, model_state, state, loss = mean(whole, model_state, state, batch)
         grads = jax.tree.map(lambda g, w: jax.sharding.reshard(g, jax.typeof(w).sharding), grads, params)

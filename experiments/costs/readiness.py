@@ -61,8 +61,9 @@ class Estimate(NamedTuple):
 
 
 def readiness(
-    names: tyro.conf.Positional[tuple[str, ...]] = (), config: Readiness = Readiness()  # noqa: B008
-) -> list[Estimate]:  # fmt: skip
+    names: tyro.conf.Positional[tuple[str, ...]] = (),
+    config: Readiness = Readiness(),  # noqa: B008
+) -> list[Estimate]:
     """Print parameters, FLOPs and memory of a step, and hours on a device, without training.
 
     Args:

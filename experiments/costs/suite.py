@@ -29,9 +29,17 @@ NETWORKS: dict[str, Callable[[], Problem]] = {
 }
 
 PROGRAMS = (
-    "SGD", "sam", "crsam, ordered", "optax.contrib.sam", "msam", "crsam, vmap", "crsam, sequential", "s2sam",
-    "sam, ascent on a quarter", "crsam, auto",
-)  # fmt: skip
+    "SGD",
+    "sam",
+    "crsam, ordered",
+    "optax.contrib.sam",
+    "msam",
+    "crsam, vmap",
+    "crsam, sequential",
+    "s2sam",
+    "sam, ascent on a quarter",
+    "crsam, auto",
+)
 """The most important first."""
 
 _BEGIN, _END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -115,12 +123,16 @@ def table(rows: Sequence[Row]) -> str:
         first = own[0]
         lines = [
             [
-                row.program, f"{row.median_ms:.2f}", f"{row.lower_quartile_ms:.2f} to {row.upper_quartile_ms:.2f}",
-                f"{row.over_sgd:.2f}", f"{row.over_floor:.2f}", f"{row.temporary_bytes / 1e6:,.0f}",
+                row.program,
+                f"{row.median_ms:.2f}",
+                f"{row.lower_quartile_ms:.2f} to {row.upper_quartile_ms:.2f}",
+                f"{row.over_sgd:.2f}",
+                f"{row.over_floor:.2f}",
+                f"{row.temporary_bytes / 1e6:,.0f}",
                 f"{row.compile_seconds:.1f}",
             ]
             for row in own
-        ]  # fmt: skip
+        ]
         titles = ("program", "median ms", "quartiles ms", "÷ SGD", "÷ floor", "temporaries MB", "compile s")
         title = f"{network}, batch {first.batch_size}, {first.dtype}, on {first.device}"
         parts.append(f"{title}\n\n{tables.markdown(titles, lines)}")
@@ -149,9 +161,21 @@ def _timed(kind: str, network: str, name: str, problem: Problem, sgd: _Program, 
     quartiles = (1e3 * np.quantile(seconds, (0.25, 0.5, 0.75), axis=0)).T.tolist()
     base, (low, median, high), points = quartiles[0][1], quartiles[-1], _points(name)
     return Row(
-        kind, network, problem.examples, problem.dtype, name, points, median, low, high, base, median / base,
-        median / base / points, programs[-1].temporary_bytes, programs[-1].compile_seconds,
-    )  # fmt: skip
+        kind,
+        network,
+        problem.examples,
+        problem.dtype,
+        name,
+        points,
+        median,
+        low,
+        high,
+        base,
+        median / base,
+        median / base / points,
+        programs[-1].temporary_bytes,
+        programs[-1].compile_seconds,
+    )
 
 
 def _points(name: str) -> float:

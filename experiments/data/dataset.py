@@ -71,9 +71,12 @@ def channel_moments(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float,
 
 
 def check(
-    name: str, splits: Iterable[Split], num_classes: int, shape: tuple[int | None, ...],
+    name: str,
+    splits: Iterable[Split],
+    num_classes: int,
+    shape: tuple[int | None, ...],
     names: Sequence[str] = ("train", "test"),
-) -> None:  # fmt: skip
+) -> None:
     """Checks that images have the shape, and labels the range, that a data set states.
 
     Raises:

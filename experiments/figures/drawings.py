@@ -162,9 +162,17 @@ def interactive(points: Sequence[SurfacePoint], labels: Labels, out: Path) -> Pa
     bar = {"title": "training loss, log₁₀"}
     for i, (xs, ys, losses) in enumerate(grids, start=1):
         surface = go.Surface(
-            x=xs, y=ys, z=losses, surfacecolor=np.log10(losses), cmin=low, cmax=high, colorscale=_COLORS.capitalize(),
-            colorbar=bar, showscale=i == len(labels), hovertemplate="%{x:.3f}, %{y:.3f}: loss %{z:.3f}<extra></extra>",
-        )  # fmt: skip
+            x=xs,
+            y=ys,
+            z=losses,
+            surfacecolor=np.log10(losses),
+            cmin=low,
+            cmax=high,
+            colorscale=_COLORS.capitalize(),
+            colorbar=bar,
+            showscale=i == len(labels),
+            hovertemplate="%{x:.3f}, %{y:.3f}: loss %{z:.3f}<extra></extra>",
+        )
         page.add_trace(surface, row=1, col=i)
     height = {"title": _NAMES["train_loss"], "range": [0, 10**high]}
     camera = {"eye": {"x": 1.75, "y": 1.95, "z": 1.4}, "center": {"x": 0, "y": 0, "z": -0.1}}  # all labels inside

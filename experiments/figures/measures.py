@@ -124,10 +124,21 @@ def measure_curvature(losses: Losses, snapshot: Snapshot, batch: Batch, settings
     )
     trace = normalized.trace
     return Curvature(
-        *snapshot.key, split, size, loss, accuracy, normalized.gradient_norm, trace.mean, trace.standard_error,
-        normalized.mean, normalized.standard_error, float(top.values[0]), float(top.residuals[0]), trace_seconds,
+        *snapshot.key,
+        split,
+        size,
+        loss,
+        accuracy,
+        normalized.gradient_norm,
+        trace.mean,
+        trace.standard_error,
+        normalized.mean,
+        normalized.standard_error,
+        float(top.values[0]),
+        float(top.residuals[0]),
+        trace_seconds,
         top_seconds,
-    )  # fmt: skip
+    )
 
 
 def measure_ratio(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, batch_size: int) -> Ratio:
@@ -135,9 +146,16 @@ def measure_ratio(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Fi
     data, rho = _data(snapshot, batch, batch_size), settings.ratio_rho
     ratio, seconds = _timed(lambda: curvature.approximation_ratio(losses.each, snapshot.params, data, rho=rho))
     return Ratio(
-        *snapshot.key, ratio.num_examples, rho, ratio.ratio_of_means, ratio.ratio_of_means_standard_error,
-        ratio.mean_of_ratios, ratio.standard_error, ratio.num_excluded, seconds,
-    )  # fmt: skip
+        *snapshot.key,
+        ratio.num_examples,
+        rho,
+        ratio.ratio_of_means,
+        ratio.ratio_of_means_standard_error,
+        ratio.mean_of_ratios,
+        ratio.standard_error,
+        ratio.num_excluded,
+        seconds,
+    )
 
 
 def measure_surface(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures) -> list[SurfacePoint]:

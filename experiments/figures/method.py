@@ -39,15 +39,27 @@ def draw(path: Path = DEFAULT) -> None:
     arrow = {"arrowstyle": "<->", "color": "C1", "linewidth": 1.8}
     axis.annotate("", (0, here), (0, middle), arrowprops=arrow)
     axis.annotate(
-        "S/2 = (L⁺ + L⁻)/2 − L\ncurvature: S ≈ ρ² vᵀHv", (0, middle), (-10, 32),
-        textcoords="offset points", color="C1", va="center", ha="right", fontsize=11,
-    )  # fmt: skip
+        "S/2 = (L⁺ + L⁻)/2 − L\ncurvature: S ≈ ρ² vᵀHv",
+        (0, middle),
+        (-10, 32),
+        textcoords="offset points",
+        color="C1",
+        va="center",
+        ha="right",
+        fontsize=11,
+    )
     axis.plot([-RHO, RHO + 0.3], [minus, minus], color="0.8", linewidth=1, zorder=0)
     axis.annotate("", (RHO + 0.26, minus), (RHO + 0.26, plus), arrowprops=arrow | {"color": "C2"})
     axis.annotate(
-        "D = L⁺ − L⁻\nslope: D ≈ 2ρ vᵀg", (RHO + 0.26, (minus + plus) / 2), (8, 0),
-        textcoords="offset points", color="C2", va="center", fontsize=11, annotation_clip=False,
-    )  # fmt: skip
+        "D = L⁺ − L⁻\nslope: D ≈ 2ρ vᵀg",
+        (RHO + 0.26, (minus + plus) / 2),
+        (8, 0),
+        textcoords="offset points",
+        color="C2",
+        va="center",
+        fontsize=11,
+        annotation_clip=False,
+    )
     axis.set(xlim=(-1.75, 2.1), ylim=(0, 1.75), xticks=[], yticks=[], ylabel="loss along v = g/‖g‖")
     axis.spines[["top", "right"]].set_visible(False)
     axis.set_title("SAM descends with the gradient at w + ρv; CR-SAM also lowers S and D", fontsize=12)

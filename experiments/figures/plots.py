@@ -100,13 +100,30 @@ def accuracy_over_cost(
             elif s["arm"] in _NAMED:
                 is_base = s["arm"] == "base"  # below its point: MSAM is close to it
                 axis.annotate(
-                    label, (seconds, height), xytext=(0, -5 if is_base else 5), textcoords="offset points", color=color,
-                    weight="bold", ha="center", va="top" if is_base else "bottom", zorder=5, path_effects=[_HALO],
-                )  # fmt: skip
+                    label,
+                    (seconds, height),
+                    xytext=(0, -5 if is_base else 5),
+                    textcoords="offset points",
+                    color=color,
+                    weight="bold",
+                    ha="center",
+                    va="top" if is_base else "bottom",
+                    zorder=5,
+                    path_effects=[_HALO],
+                )
             axis.errorbar(
-                seconds, height, error, spread, marker=marker, color=color, label=label, zorder=order, ls="none",
-                elinewidth=0.8, markersize=5,
-            )  # fmt: skip
+                seconds,
+                height,
+                error,
+                spread,
+                marker=marker,
+                color=color,
+                label=label,
+                zorder=order,
+                ls="none",
+                elinewidth=0.8,
+                markersize=5,
+            )
         best = front([(s["seconds_median"], s["test_accuracy"]) for s in points])
         axis.step(*zip(*best, strict=True), where="post", color="#d0d0d0", zorder=0)
         axis.set(xlabel="seconds of training", ylabel=_PANELS["test_accuracy"], xscale="log")
@@ -126,11 +143,13 @@ def _looks(arms: Sequence[str], tuned: Collection[str] | None) -> list[tuple[str
     """Colour and marker of each arm."""
     looks, markers = itertools.cycle(_TUNED_LOOKS), itertools.cycle(_GREY_MARKERS)
     return [
-        (_GREY, next(markers)) if tuned is not None and arm not in tuned
-        else (_NAMED[arm], "o") if arm in _NAMED
+        (_GREY, next(markers))
+        if tuned is not None and arm not in tuned
+        else (_NAMED[arm], "o")
+        if arm in _NAMED
         else next(looks)
         for arm in arms
-    ]  # fmt: skip
+    ]
 
 
 def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

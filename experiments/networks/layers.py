@@ -36,9 +36,16 @@ class Layers(NamedTuple):
     def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
         """A convolution without bias, padded by kernel // 2 on every side: "SAME" pads one only when it strides."""
         return nnx.Conv(
-            inputs, outputs, (kernel, kernel), strides=stride, padding=kernel // 2, use_bias=False,
-            kernel_init=he_normal, dtype=self.dtype, rngs=self.rngs,
-        )  # fmt: skip
+            inputs,
+            outputs,
+            (kernel, kernel),
+            strides=stride,
+            padding=kernel // 2,
+            use_bias=False,
+            kernel_init=he_normal,
+            dtype=self.dtype,
+            rngs=self.rngs,
+        )
 
     def batch_norm(self, features: int, *, zero_init: bool = False) -> nnx.BatchNorm:
         """Batch normalization; a tenth of each batch's statistics enters the running ones, which start at 0 and 1."""

@@ -213,10 +213,16 @@ class Recipe:
 
 
 _MODEL_OPTIONS: dict[str, str] = {
-    "width": "whole number", "depth": "whole number", "patch_size": "whole number", "num_heads": "whole number",
-    "alpha": "whole number", "widen_factor": "whole number", "stage_sizes": "list of whole numbers", "stem": "text",
+    "width": "whole number",
+    "depth": "whole number",
+    "patch_size": "whole number",
+    "num_heads": "whole number",
+    "alpha": "whole number",
+    "widen_factor": "whole number",
+    "stage_sizes": "list of whole numbers",
+    "stem": "text",
     "zero_init_residual": "truth value",
-}  # fmt: skip
+}
 """The options of all networks, and what each takes."""
 
 
@@ -271,36 +277,83 @@ PAPER: dict[str, Recipe] = {
 
 REDUCED: dict[str, Recipe] = {
     "digits": Recipe(  # chosen for single methods by `python -m experiments tune digits --seeds 3`
-        "digits", "convnet", epochs=40, batch_size=64, learning_rate=0.03, weight_decay=5e-4, augmentation="none",
-        model_options={"width": 16}, label_noise=0.4, validation_fraction=0.5, sam=Sam(0.765),
-        crsam=CrSam(0.293, 0.135, 0.0526), per_method={
-            "base": {"learning_rate": 0.0137}, "sam": {"learning_rate": 0.151}, "crsam": {"learning_rate": 0.0469},
+        "digits",
+        "convnet",
+        epochs=40,
+        batch_size=64,
+        learning_rate=0.03,
+        weight_decay=5e-4,
+        augmentation="none",
+        model_options={"width": 16},
+        label_noise=0.4,
+        validation_fraction=0.5,
+        sam=Sam(0.765),
+        crsam=CrSam(0.293, 0.135, 0.0526),
+        per_method={
+            "base": {"learning_rate": 0.0137},
+            "sam": {"learning_rate": 0.151},
+            "crsam": {"learning_rate": 0.0469},
         },
     ),
     "cifar10-small-resnet": dataclasses.replace(
-        PAPER["cifar10-resnet18"], model_options={"stage_sizes": (1, 1, 1), "width": 16}, epochs=10, crsam=CrSam(),
-        examples_per_class=300, batch_size=64, weight_decay=5e-4,
+        PAPER["cifar10-resnet18"],
+        model_options={"stage_sizes": (1, 1, 1), "width": 16},
+        epochs=10,
+        crsam=CrSam(),
+        examples_per_class=300,
+        batch_size=64,
+        weight_decay=5e-4,
     ),
     "cifar10-resnet8": dataclasses.replace(
-        PAPER["cifar10-resnet18"], model="resnet8", model_options={"width": 8, "stem": "imagenet"}, epochs=24,
+        PAPER["cifar10-resnet18"],
+        model="resnet8",
+        model_options={"width": 8, "stem": "imagenet"},
+        epochs=24,
         crsam=CrSam(),
-        examples_per_class=200, test_examples_per_class=200, batch_size=64, weight_decay=5e-4, augmentation="none",
+        examples_per_class=200,
+        test_examples_per_class=200,
+        batch_size=64,
+        weight_decay=5e-4,
+        augmentation="none",
     ),
     "cifar10-5000": Recipe(  # a network that fits; not tuned
-        "cifar10", "resnet8", epochs=30, batch_size=128, learning_rate=0.05, weight_decay=1e-3, augmentation="none",
-        model_options={"width": 16, "stem": "strided"}, examples_per_class=500, validation_fraction=0.1, sam=Sam(0.3),
+        "cifar10",
+        "resnet8",
+        epochs=30,
+        batch_size=128,
+        learning_rate=0.05,
+        weight_decay=1e-3,
+        augmentation="none",
+        model_options={"width": 16, "stem": "strided"},
+        examples_per_class=500,
+        validation_fraction=0.1,
+        sam=Sam(0.3),
         crsam=CrSam(0.2, 0.1, 0.01),
     ),
     "fashion-small-vit": Recipe(
-        "fashion_mnist", "vit_ti4", epochs=10, batch_size=64, learning_rate=1e-3, weight_decay=0.05, optimizer="adamw",
-        warmup_epochs=1.0, examples_per_class=300, model_options={"width": 96, "depth": 4, "patch_size": 7},
+        "fashion_mnist",
+        "vit_ti4",
+        epochs=10,
+        batch_size=64,
+        learning_rate=1e-3,
+        weight_decay=0.05,
+        optimizer="adamw",
+        warmup_epochs=1.0,
+        examples_per_class=300,
+        model_options={"width": 96, "depth": 4, "patch_size": 7},
         crsam=CrSam(0.1, 0.05, 0.01),
     ),
     "digits-convnet": Recipe(
-        "digits", "convnet", epochs=10, batch_size=50, learning_rate=0.05, weight_decay=5e-4, augmentation="none",
+        "digits",
+        "convnet",
+        epochs=10,
+        batch_size=50,
+        learning_rate=0.05,
+        weight_decay=5e-4,
+        augmentation="none",
         model_options={"width": 16},
     ),
-}  # fmt: skip
+}
 """Runs of minutes on a CPU."""
 
 RECIPES: dict[str, Recipe] = PAPER | REDUCED
@@ -312,9 +365,16 @@ def for_data(name: str, has_validation: bool) -> Recipe:
     Without validation data of its own a fifth of the training data is held out.
     """
     return Recipe(
-        absolute(name), "resnet8", epochs=30, batch_size=64, learning_rate=0.05, weight_decay=5e-4,
-        augmentation="none", image_size=64, validation_fraction=0.0 if has_validation else 0.2,
-    )  # fmt: skip
+        absolute(name),
+        "resnet8",
+        epochs=30,
+        batch_size=64,
+        learning_rate=0.05,
+        weight_decay=5e-4,
+        augmentation="none",
+        image_size=64,
+        validation_fraction=0.0 if has_validation else 0.2,
+    )
 
 
 def get(name: str) -> Recipe:

@@ -118,9 +118,11 @@ class _Text(NamedTuple):
 
 
 def language(
-    seeds: int = 3, arms: Sequence[str] = tuple(ARMS), setting: Setting = Setting(),  # noqa: B008
+    seeds: int = 3,
+    arms: Sequence[str] = tuple(ARMS),
+    setting: Setting = Setting(),  # noqa: B008
     out: Path = Path("results/language"),
-) -> list[Result]:  # fmt: skip
+) -> list[Result]:
     """Pretrain a small language model by several methods at equal cost, or resume; write tables.
 
     ρ of each arm is searched first, by the loss on held-out text after a shorter run with a seed of its own.
@@ -189,9 +191,16 @@ def train(arm: str, seed: int, rho: float, setting: Setting, text: _Text, other:
         moved = _fitted(loss, tuned, params, other.train, key, setting.fine_tuning_steps, setting)
         after, fine_tuned = judge(moved, text.held_out), judge(moved, other.held_out)
     return Result(
-        arm, seed, rho, steps, found, judge(rounded(params), text.held_out), after - found, fine_tuned,
+        arm,
+        seed,
+        rho,
+        steps,
+        found,
+        judge(rounded(params), text.held_out),
+        after - found,
+        fine_tuned,
         time.monotonic() - begun,
-    )  # fmt: skip
+    )
 
 
 def rounded(params: Any, bits: int = 4) -> Any:
@@ -264,9 +273,14 @@ def _problem(setting: Setting, seed: int) -> tuple[_Loss, Any]:
 
 
 def _fitted(
-    loss: _Loss, tx: optax.GradientTransformation, params: Any, text: jax.Array, key: jax.Array, steps: int,
+    loss: _Loss,
+    tx: optax.GradientTransformation,
+    params: Any,
+    text: jax.Array,
+    key: jax.Array,
+    steps: int,
     setting: Setting,
-) -> Any:  # fmt: skip
+) -> Any:
     update = optax.with_extra_args_support(tx).update
     offsets = jnp.arange(setting.length + 1)
 

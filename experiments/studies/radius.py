@@ -69,9 +69,15 @@ class Contrast(NamedTuple):
 
 
 def radius(
-    names: Names, processes: int = 1, out: Path = Path("results/radius"), searches: int = 5, trials: int = 32,
-    second_round: int = 32, seeds: int = 20, methods: tuple[str, ...] = METHODS,
-) -> None:  # fmt: skip
+    names: Names,
+    processes: int = 1,
+    out: Path = Path("results/radius"),
+    searches: int = 5,
+    trials: int = 32,
+    second_round: int = 32,
+    seeds: int = 20,
+    methods: tuple[str, ...] = METHODS,
+) -> None:
     """Compare SAM and CR-SAM, tuned on the same points, over several independent searches; or resume it.
 
     Args:
@@ -102,14 +108,26 @@ def radius(
 
 
 def _search(
-    name: str, search: int, folder: Path, processes: int, trials: int, second_round: int, seeds: int,
+    name: str,
+    search: int,
+    folder: Path,
+    processes: int,
+    trials: int,
+    second_round: int,
+    seeds: int,
     methods: tuple[str, ...],
-) -> None:  # fmt: skip
+) -> None:
     recipe, trial_seeds = TASKS[name]
     config = Tune(
-        methods, trials, trial_seeds, SPACE, sobol_seed=search, share_points=True, second_round=second_round,
+        methods,
+        trials,
+        trial_seeds,
+        SPACE,
+        sobol_seed=search,
+        share_points=True,
+        second_round=second_round,
         processes=processes,
-    )  # fmt: skip
+    )
     found = tune(name, recipe, config, {}, Run(folder / "tune", keep=None, log_steps=0))
     first = FIRST_SEED + search * seeds
     arms = Compare((*methods, NO_PENALTY), seeds, first, against=("sam", NO_PENALTY), processes=processes)

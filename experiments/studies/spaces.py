@@ -15,9 +15,14 @@ WIDTH = 0.25
 """The share of each range in which the second round searches around a point."""
 
 SPACE = {
-    "sam.rho": (0.02, 1.0), "asam.rho": (0.1, 5.0), "msam.rho": (0.1, 5.0), "s2sam.rho": (0.02, 1.0),
-    "crsam.rho": (0.02, 1.0), "crsam.alpha": (0.01, 1.0), "crsam.beta": (0.001, 0.3),
-}  # fmt: skip
+    "sam.rho": (0.02, 1.0),
+    "asam.rho": (0.1, 5.0),
+    "msam.rho": (0.1, 5.0),
+    "s2sam.rho": (0.02, 1.0),
+    "crsam.rho": (0.02, 1.0),
+    "crsam.alpha": (0.01, 1.0),
+    "crsam.beta": (0.001, 0.3),
+}
 """Ranges of the methods' own settings. That of the learning rate is from a tenth to ten times the recipe's."""
 
 

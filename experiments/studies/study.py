@@ -28,10 +28,22 @@ MAIN = ("base", "base,ema=0.99", "sam", "asam", "crsam", "sam-late", "crsam-late
 """Each is tuned on its own, with the same number of trials."""
 
 SECONDARY = (
-    "base-2x", "base-3x", "sam-1.5x", "gsam", "wsam", "look-sam", "ae-sam", "crsam-linear", "crsam-eq7",
-    "crsam,crsam.alpha=0,crsam.beta=0", "crsam,crsam.beta=0", "crsam,crsam.alpha=0", "crsam-random", "crsam-look",
+    "base-2x",
+    "base-3x",
+    "sam-1.5x",
+    "gsam",
+    "wsam",
+    "look-sam",
+    "ae-sam",
+    "crsam-linear",
+    "crsam-eq7",
+    "crsam,crsam.alpha=0,crsam.beta=0",
+    "crsam,crsam.beta=0",
+    "crsam,crsam.alpha=0",
+    "crsam-random",
+    "crsam-look",
     "crsam-ae",
-)  # fmt: skip
+)
 """They take what was found for base, SAM or CR-SAM."""
 
 AGAINST = ("sam", "base", "crsam,crsam.alpha=0,crsam.beta=0")
@@ -67,10 +79,11 @@ TASKS: dict[str, Task] = {
     "cifar10-augmented": _resnet8(epochs=40, augmentation="basic"),
     "fashion-noise": _resnet8(dataset="fashion_mnist", epochs=16, examples_per_class=100, label_noise=0.4),
     "fashion-vit": _small(
-        "fashion-small-vit", examples_per_class=100,
+        "fashion-small-vit",
+        examples_per_class=100,
         model_options={"width": 48, "depth": 3, "num_heads": 3, "patch_size": 7},
     ),
-}  # fmt: skip
+}
 """By name; they take from twenty minutes to three hours on one core."""
 
 

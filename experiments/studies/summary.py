@@ -19,9 +19,13 @@ LEVEL, POWER, MOST_SEEDS = 0.95, 0.8, 10_000
 
 # Title, field of Result, decimals.
 _COLUMNS = (
-    ("accuracy %", "test_accuracy", 1), ("test loss", "test_loss", 2), ("‖∇L‖", "grad_norm", 2),
-    ("vᵀHv", "curvature", 1), ("trace", "trace", 1), ("C(w)", "normalized_trace", 1),
-)  # fmt: skip
+    ("accuracy %", "test_accuracy", 1),
+    ("test loss", "test_loss", 2),
+    ("‖∇L‖", "grad_norm", 2),
+    ("vᵀHv", "curvature", 1),
+    ("trace", "trace", 1),
+    ("C(w)", "normalized_trace", 1),
+)
 
 _FIELDS = Result._fields[Result._fields.index("test_accuracy") : Result._fields.index("error")]
 

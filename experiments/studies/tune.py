@@ -121,9 +121,15 @@ def _row(arm: str, trial: int, number: int, seeds: Sequence[Job], names: Iterabl
     accuracy, deviation = mean_and_deviation([result.test_accuracy for result in found])
     loss, _ = mean_and_deviation([result.test_loss for result in found])
     return {
-        "arm": arm, "trial": trial, "round": number, "accuracy": accuracy, "accuracy_std": deviation, "loss": loss,
-        "seeds": len(found), "failed": sum(bool(result.error) for result in found),
-    } | {key: settings[key] for key in names}  # fmt: skip
+        "arm": arm,
+        "trial": trial,
+        "round": number,
+        "accuracy": accuracy,
+        "accuracy_std": deviation,
+        "loss": loss,
+        "seeds": len(found),
+        "failed": sum(bool(result.error) for result in found),
+    } | {key: settings[key] for key in names}
 
 
 def _difference(one: Recipe, common: Recipe) -> dict[str, Any]:

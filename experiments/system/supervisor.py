@@ -69,18 +69,24 @@ def supervise(arguments: Sequence[str]) -> int:
 
 class _Supervisor:
     def __init__(self, arguments: Sequence[str]):
-        self._listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True) if (
-            socket.has_dualstack_ipv6()
-        ) else socket.create_server(("", 0))  # fmt: skip
+        self._listener = (
+            socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True)
+            if (socket.has_dualstack_ipv6())
+            else socket.create_server(("", 0))
+        )
         self._told, write_end = os.pipe()
         environment = os.environ | {_MARK: f"{write_end},{self._listener.getsockname()[1]}"}
         # The child finds this package even if it lies inside another one in site-packages.
         paths = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         self._child = subprocess.Popen(
-            [sys.executable, "-m", "experiments", *arguments], env=environment, stderr=subprocess.PIPE,
-            pass_fds=[write_end], text=True, errors="replace",
-        )  # fmt: skip
+            [sys.executable, "-m", "experiments", *arguments],
+            env=environment,
+            stderr=subprocess.PIPE,
+            pass_fds=[write_end],
+            text=True,
+            errors="replace",
+        )
         os.close(write_end)
         self._selector = selectors.DefaultSelector()
         self._selector.register(self._told, selectors.EVENT_READ, b"")

@@ -57,9 +57,14 @@ class Log:
     """
 
     def __init__(
-        self, folder: Path, step: int, has_steps: bool = True, wandb: str | None = None, config: Any = None,
+        self,
+        folder: Path,
+        step: int,
+        has_steps: bool = True,
+        wandb: str | None = None,
+        config: Any = None,
         is_writer: bool = True,
-    ):  # fmt: skip
+    ):
         self._is_writer, self._has_steps = is_writer, has_steps and is_writer
         self._path, self._wandb = folder / "metrics.csv", None
         if not is_writer:

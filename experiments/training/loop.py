@@ -96,11 +96,19 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
     weights = program.weights(state), state.model_state
     test = evaluate(program.judge, *weights, inputs.evaluation())
     row = EpochRow(
-        epoch, step, float(state.loss_sum) / per_epoch, 100 * float(state.correct) / (per_epoch * recipe.batch_size),
-        test.loss, test.accuracy, learning_rate=float(program.schedule(step - 1)),
-        images_per_second=recipe.batch_size * speed, waiting_percent=waiting, seconds=epochs * per_epoch / speed,
-        evaluations_per_step=evaluations_per_step(recipe, state.opt_state), calibration_error=test.calibration_error,
-    )  # fmt: skip
+        epoch,
+        step,
+        float(state.loss_sum) / per_epoch,
+        100 * float(state.correct) / (per_epoch * recipe.batch_size),
+        test.loss,
+        test.accuracy,
+        learning_rate=float(program.schedule(step - 1)),
+        images_per_second=recipe.batch_size * speed,
+        waiting_percent=waiting,
+        seconds=epochs * per_epoch / speed,
+        evaluations_per_step=evaluations_per_step(recipe, state.opt_state),
+        calibration_error=test.calibration_error,
+    )
     if state.average is not None:
         weights = averaged(state)
         average = evaluate(program.judge, *weights, inputs.evaluation())
@@ -115,9 +123,12 @@ def _measured(training: Training, params: Any, model_state: Any, examples: Batch
     result = {"grad_norm": float(grad_norm), "curvature": float(curvature)}
     if training.run.trace_probes and epoch == training.recipe.epochs:
         trace = normalized_hessian_trace(
-            training.program.judge.loss, params, {"model_state": model_state, "batch": examples},
-            key=jax.random.key(0), num_probes=training.run.trace_probes,
-        )  # fmt: skip
+            training.program.judge.loss,
+            params,
+            {"model_state": model_state, "batch": examples},
+            key=jax.random.key(0),
+            num_probes=training.run.trace_probes,
+        )
         result |= {"trace": trace.trace.mean, "normalized_trace": trace.mean}
     return result
 

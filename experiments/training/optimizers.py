@@ -72,7 +72,10 @@ METHODS: dict[str, Method] = {
     "rsam": _sam("R-SAM", 3, cj.rsam),
     "wsam": _sam("WSAM, coupled", 2, cj.wsam),
     "decoupled-wsam": Method(
-        "WSAM, decoupled", "sam", 2, ("sam.rho",),
+        "WSAM, decoupled",
+        "sam",
+        2,
+        ("sam.rho",),
         around=lambda f, r, base, schedule: cj.decoupled_wsam(f, base, schedule, r.sam.rho, has_aux=True),
     ),
     "gsam": _sam("GSAM", 2, cj.gsam),
@@ -93,11 +96,19 @@ METHODS: dict[str, Method] = {
     "sam-quarter": _sam("SAM, ascent on a quarter", 1.25, ascent_only=True)._replace(part=4),
     "sam-late": _sam("late SAM")._replace(is_late=True),
     "msam": Method(
-        "MSAM", "sam", 1, ("msam.rho",), is_shifted=True,
+        "MSAM",
+        "sam",
+        1,
+        ("msam.rho",),
+        is_shifted=True,
         around=lambda f, r, base, schedule: cj.msam(base, r.msam.rho, r.momentum),
     ),
     "s2sam": Method(
-        "S²-SAM", "sam", 1, ("s2sam.rho",), is_shifted=True,
+        "S²-SAM",
+        "sam",
+        1,
+        ("s2sam.rho",),
+        is_shifted=True,
         around=lambda f, r, base, schedule: cj.s2sam(base, r.s2sam.rho),
     ),
     "crsam": _crsam("CR-SAM"),
@@ -110,7 +121,7 @@ METHODS: dict[str, Method] = {
     "crsam-every-2": _crsam("CR-SAM every 2nd step", policy=_every_2),
     "crsam-look": _crsam("CR-SAM + LookSAM, k = 5", policy=_look_5),
     "crsam-ae": _crsam("CR-SAM + AE-SAM", policy=cj.adaptive_policy),
-}  # fmt: skip
+}
 
 
 def method_of(recipe: Recipe) -> Method:

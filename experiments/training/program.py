@@ -128,11 +128,16 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
             _, average = optax.ema(state.numbers["ema"]).update((unshifted(opt_state, params), model_state), average)
         is_first = state.step % signature.steps_per_epoch == 0
         return state._replace(
-            step=state.step + 1, params=params, model_state=model_state, opt_state=opt_state, average=average,
-            loss=loss, loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
+            step=state.step + 1,
+            params=params,
+            model_state=model_state,
+            opt_state=opt_state,
+            average=average,
+            loss=loss,
+            loss_sum=jnp.where(is_first, 0, state.loss_sum) + loss,
             correct=jnp.where(is_first, 0, state.correct) + part * correct,
             bad_step=jnp.where((state.bad_step < 0) & ~jnp.isfinite(loss), state.step + 1, state.bad_step),
-        )  # fmt: skip
+        )
 
     def weights(state: State) -> Any:
         return unshifted(state.opt_state, state.params)

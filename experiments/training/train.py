@@ -139,8 +139,9 @@ def _go_back_to(step: int, damaged: dict[int, str], checkpoints: Checkpoints) ->
         aside = _set_aside(checkpoints.path(other))
         print(
             f"Checkpoint {other} is damaged: {fault}. It is set aside as {aside.name}; going on from step {step}: "
-            f"{other - step} steps are done again.", file=sys.stderr,
-        )  # fmt: skip
+            f"{other - step} steps are done again.",
+            file=sys.stderr,
+        )
     for file in altered(checkpoints.run, step):
         if file.name in LOGS:
             print(f"{file} is damaged: it becomes what it was at checkpoint {step}.", file=sys.stderr)
@@ -186,8 +187,9 @@ def _keep_logs(run: Path) -> None:
     kept = [file.rename(files.free_name(file, ".before")).name for name in LOGS if (file := run / name).exists()]
     print(
         f"{run} has metrics of {rows[-1].epoch} epochs but no checkpoint: it begins anew. The metrics are kept as "
-        f"{' and '.join(kept)}.", file=sys.stderr,
-    )  # fmt: skip
+        f"{' and '.join(kept)}.",
+        file=sys.stderr,
+    )
 
 
 def _rows(run: Path) -> list[EpochRow]:
