@@ -87,7 +87,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """All settings of a dataclass, or of what was one in JSON, by dotted name.
 
     Example:
-      >>> from experiments import recipes
+      >>> from experiments.settings import recipes
       >>> flat(recipes.get("cifar10-wrn28-10"))["crsam.alpha"]
       0.5
     """

@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from crsam_jax import landscape
-from experiments.networks import NAMES, build
+from experiments.networks.network import NAMES, build
 from tests.experiments.test_models import REDUCED
 
 X = jnp.asarray(np.random.default_rng(0).normal(size=(1, 5, 5, 4)), jnp.float32)

@@ -11,7 +11,7 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 
 from flax import nnx
 
-from experiments.networks import build, parameter_count
+from experiments.networks.network import build, parameter_count
 from experiments.networks.layers import Layers
 from experiments.networks.residual import BasicBlock, Bottleneck, PyramidBlock
 

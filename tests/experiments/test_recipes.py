@@ -18,7 +18,7 @@ pytest.importorskip("sklearn", reason="the experiments need pip install crsam_ja
 
 from experiments.costs import readiness
 from experiments.data.inputs import load
-from experiments.networks import parameter_count
+from experiments.networks.network import parameter_count
 from experiments.settings import overrides, recipes
 from experiments.settings.recipes import CrSam, Recipe, Sam
 from experiments.training import optimizers, run_folder
