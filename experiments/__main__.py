@@ -13,7 +13,7 @@ def main() -> int:
     from experiments.system import terminal
 
     terminal.prepare()
-    from experiments.system import supervisor
+    from experiments.training import supervisor
 
     if {*sys.argv[1:2]} & _TRAINING and not {"-h", "--help", "--distributed"} & {*sys.argv}:
         print("loading ...", flush=True)  # the libraries take a while

@@ -13,9 +13,10 @@ from typing import Annotated, Any
 import jax
 import tyro
 
-from experiments.settings import arms, configs, recipes, sources
+from experiments.settings import configs, recipes, sources
 from experiments.settings.overrides import find, parse, read
 from experiments.settings.ranges import flat
+from experiments.studies import arms
 from experiments.system import home, tables
 from experiments.system.quiet import quiet_libraries
 

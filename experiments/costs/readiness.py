@@ -19,8 +19,9 @@ from experiments.data.inputs import Signature, signature_of
 from experiments.settings import ranges, recipes
 from experiments.settings.configs import Readiness, Run
 from experiments.settings.recipes import Recipe
-from experiments.system import devices, tables
+from experiments.system import tables
 from experiments.system.progress import track
+from experiments.training import devices
 from experiments.training.optimizers import method_of
 from experiments.training.program import make_program
 

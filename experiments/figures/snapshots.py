@@ -11,8 +11,8 @@ import jax
 from experiments.data.inputs import Signature
 from experiments.settings.configs import Run
 from experiments.settings.recipes import Recipe
-from experiments.system.devices import start
 from experiments.training.checkpoints import Checkpoints, check
+from experiments.training.devices import start
 from experiments.training.logs import EpochRow, read_epochs
 from experiments.training.optimizers import method_of
 from experiments.training.program import make_program

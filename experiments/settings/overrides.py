@@ -14,7 +14,7 @@ from experiments.settings.ranges import check, flat
 from experiments.settings.recipes import Recipe
 from experiments.settings.sources import absolute, in_python_file, is_own, is_path
 from experiments.settings.suggestions import unknown
-from experiments.training import run_folder
+from experiments.system import files
 
 Changes = Mapping[str, Any]
 """From dotted names to values."""
@@ -59,14 +59,14 @@ def parse(assignments: Iterable[str]) -> dict[str, Any]:
         if not is_assigned:
             raise ValueError(f"A setting is changed by key=value, got {text!r}.")
         with contextlib.suppress(json.JSONDecodeError):
-            value = run_folder.from_json(value)
+            value = files.from_json(value)
         result[key.replace("-", "_")] = value
     return result
 
 
 def read(path: Path) -> dict[str, Any]:
     """The settings in a JSON file, nested or by dotted names: a few of them, or the whole config.json of a run."""
-    return flat(run_folder.read_json(path))
+    return flat(files.read_json(path))
 
 
 def find(name: str) -> Recipe:

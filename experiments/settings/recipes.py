@@ -18,17 +18,7 @@ from typing import Annotated, Any, Literal, Self
 
 import tyro
 
-from experiments.settings.ranges import (
-    TRACED,
-    Count,
-    NotNegative,
-    Range,
-    Share,
-    ShareBelow1,
-    flat,
-    notes_of,
-    option,
-)
+from experiments.settings.ranges import TRACED, Count, NotNegative, Range, Share, ShareBelow1, flat, notes_of, option
 from experiments.settings.sources import absolute, in_python_file, there_is_a_path
 from experiments.settings.suggestions import unknown
 

@@ -3,12 +3,12 @@
 import dataclasses
 from pathlib import Path
 
-from experiments.settings import arms, ranges
+from experiments.settings import ranges
 from experiments.settings.configs import Compare, Run
 from experiments.settings.overrides import Changes
 from experiments.settings.recipes import Recipe
 from experiments.settings.suggestions import unknown
-from experiments.studies import jobs
+from experiments.studies import arms, jobs
 from experiments.studies.jobs import Job
 from experiments.studies.summary import write_summary
 from experiments.training import run_folder

@@ -21,6 +21,7 @@ from experiments.settings.configs import Run
 from experiments.settings.ranges import flat
 from experiments.settings.recipes import Recipe
 from experiments.settings.sources import is_own
+from experiments.system import files
 from experiments.system.interruptions import end_with_parent, held_back, raised
 from experiments.system.progress import Bar
 from experiments.system.quiet import quiet_libraries
@@ -125,7 +126,7 @@ def read_result(job: Job) -> Result:
     names = ["learning_rate", *METHODS[recipe.method].tunes] + ["ema"] * (recipe.ema is not None)
     start = job.arm, recipe.seed, " ".join(f"{name}={settings[name]:g}" for name in names), recipe.epochs
     if failed.exists():
-        note = run_folder.read_json(failed)
+        note = files.read_json(failed)
         if not (isinstance(note.get("chance"), (int, float)) and isinstance(note.get("error"), str)):
             raise ValueError(f"{failed} is damaged: it should hold chance and error. Delete it to train again.")
         return Result(*start, test_accuracy=note["chance"], error=note["error"])

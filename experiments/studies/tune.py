@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 
 from experiments.figures import plots
-from experiments.settings import arms, ranges
+from experiments.settings import ranges
 from experiments.settings.configs import Run, Tune
 from experiments.settings.overrides import Changes, changed
 from experiments.settings.ranges import flat
 from experiments.settings.recipes import Recipe
-from experiments.studies import jobs
+from experiments.studies import arms, jobs
 from experiments.studies.jobs import Job
 from experiments.studies.spaces import Point, Space, neighbourhood, sample, shared_sample, space_of
 from experiments.system import tables

@@ -1,1 +1,1 @@
-"""What the operating system and the libraries around it need: files, signals, processes, terminals, devices."""
+"""What the operating system and the terminal need: files, signals, tables, progress."""

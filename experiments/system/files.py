@@ -5,13 +5,14 @@ folders do not count.
 """
 
 import contextlib
+import json
 import os
 import shutil
 import stat
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 _OF_SYSTEMS = (".DS_Store", "Thumbs.db", "desktop.ini")
 
@@ -90,3 +91,37 @@ def _kind(path: Path) -> str:
     mode = path.stat().st_mode
     kinds = {stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISREG: "a file"}
     return next((name for is_kind, name in kinds.items() if is_kind(mode)), "a device or a socket")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file with an object; if it is damaged, a ValueError that names the copy of a checkpoint."""
+    try:
+        content = from_json(read(path))
+        if isinstance(content, dict):
+            return content
+        error = f"it holds {type(content).__name__}"
+    except ValueError as failure:
+        error = str(failure)
+    raise ValueError(f"{path} is damaged, or not JSON: {error}. {mended_by_copy(path)}".rstrip())
+
+
+def from_json(text: str | bytes) -> Any:
+    """The parsed JSON. A repeated key, or endless nesting, is a ValueError like any other mistake."""
+    try:
+        return json.loads(text, object_pairs_hook=_without_duplicates)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
+    return content
+
+
+def mended_by_copy(path: Path) -> str:
+    """The action for a file of a run of which the last checkpoint has a copy."""
+    copies = [copy for copy in path.parent.glob(f"checkpoints/*/{path.name}") if copy.parent.name.isdecimal()]
+    return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""

@@ -1,1 +1,1 @@
-"""One run: its step, loop, checkpoints and logs."""
+"""One run: its step, loop, checkpoints and logs, its devices and processes."""

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple, Self
 import optax
 
 from experiments.system import files, tables
-from experiments.training.run_folder import from_json
 
 
 class EpochRow(NamedTuple):
@@ -139,7 +138,7 @@ def read_steps(path: Path) -> list[dict[str, Any]]:
         return []
     *lines, _ = files.read(path).decode().split("\n")  # what follows the last end of line was cut off
     try:
-        steps = [from_json(line) for line in lines]
+        steps = [files.from_json(line) for line in lines]
     except ValueError as error:
         raise ValueError(f"{path} is damaged: {str(error)[:200]}.") from error
     for step in steps:

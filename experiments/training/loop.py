@@ -14,9 +14,9 @@ from crsam_jax.curvature import normalized_hessian_trace
 from experiments.data.inputs import Batch, Inputs
 from experiments.settings.configs import Run
 from experiments.settings.recipes import Recipe
-from experiments.system import devices
 from experiments.system.interruptions import collected
 from experiments.system.progress import Bar, Clock
+from experiments.training import devices
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.judge import evaluate
 from experiments.training.logs import EpochRow, Log, diagnostics

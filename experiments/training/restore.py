@@ -10,7 +10,7 @@ from experiments.data.inputs import Inputs, open_inputs
 from experiments.settings import overrides
 from experiments.settings.configs import Run
 from experiments.settings.recipes import Recipe
-from experiments.system import devices
+from experiments.training import devices
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.program import Program, State, make_program
 

@@ -46,7 +46,7 @@ def check_free(recipe: Recipe, folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"{folder} is a file: name a folder with --out.")
     if path.exists():
-        saved, wanted = read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
+        saved, wanted = files.read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         is_longer = names == ["epochs"] and type(saved.get("epochs")) is int and saved["epochs"] < wanted["epochs"]
         if not names or (is_longer and recipe.schedule == "constant"):
@@ -60,42 +60,8 @@ def check_free(recipe: Recipe, folder: Path) -> None:
         raise FileExistsError(f"{folder} holds another run ({changes}).{hint} Name another folder with --out.")
     foreign = [entry for entry in folder.iterdir() if not files.is_of_system(entry)] if folder.exists() else []
     if {entry.name for entry in foreign} - {"lock", "config.json.partial"}:
-        hint = _mended_by_copy(path) or "Name another folder with --out."
+        hint = files.mended_by_copy(path) or "Name another folder with --out."
         raise FileExistsError(f"{folder} holds something that is not a run: there is no config.json. {hint}")
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """What :func:`save_json` wrote; if it is damaged, a ValueError that names the copy of a checkpoint."""
-    try:
-        content = from_json(files.read(path))
-        if isinstance(content, dict):
-            return content
-        error = f"it holds {type(content).__name__}"
-    except ValueError as failure:
-        error = str(failure)
-    raise ValueError(f"{path} is damaged, or not JSON: {error}. {_mended_by_copy(path)}".rstrip())
-
-
-def from_json(text: str | bytes) -> Any:
-    """The parsed JSON. A repeated key, or endless nesting, is a ValueError like any other mistake."""
-    try:
-        return json.loads(text, object_pairs_hook=_without_duplicates)
-    except RecursionError:
-        raise ValueError("it is nested too deeply") from None
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    content = dict(pairs)
-    if len(content) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} stands twice")
-    return content
-
-
-def _mended_by_copy(path: Path) -> str:
-    """The action for a file of a run of which the last checkpoint has a copy."""
-    copies = [copy for copy in path.parent.glob(f"checkpoints/*/{path.name}") if copy.parent.name.isdecimal()]
-    return f"Copy {max(copies, key=lambda copy: int(copy.parent.name))} to {path}." if copies else ""
 
 
 def steps_of(run: Path) -> list[int]:

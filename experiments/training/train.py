@@ -14,8 +14,8 @@ from experiments.data.inputs import note_of, open_inputs
 from experiments.settings import ranges
 from experiments.settings.configs import Run
 from experiments.settings.recipes import Recipe
-from experiments.system import devices, files, supervisor
-from experiments.training import run_folder
+from experiments.system import files
+from experiments.training import devices, run_folder, supervisor
 from experiments.training.checkpoints import CONFIG, LOGS, Checkpoints, altered
 from experiments.training.logs import EpochRow, Log, read_epochs
 from experiments.training.loop import Training, run_steps
@@ -164,7 +164,7 @@ def check_not_lost(folder: Path) -> None:
     is_cut_off = any((folder / "checkpoints").glob("*.partial"))
     if steps_of(folder) or is_cut_off or not (folder / CONFIG).exists():
         return
-    rows, epochs = _rows(folder), run_folder.read_json(folder / CONFIG).get("epochs")
+    rows, epochs = _rows(folder), files.read_json(folder / CONFIG).get("epochs")
     if rows and isinstance(epochs, int) and rows[-1].epoch >= epochs:
         raise FileExistsError(
             f"{folder} holds the metrics of a complete run of {epochs} epochs, but none of its checkpoints. Nothing "

@@ -18,9 +18,9 @@ from sklearn.datasets import load_digits
 
 from experiments.data import digits, subset
 from experiments.data.inputs import load
-from experiments.settings import arms, overrides, recipes
+from experiments.settings import overrides, recipes
 from experiments.settings.configs import Compare, Run
-from experiments.studies import compare, jobs, summary
+from experiments.studies import arms, compare, jobs, summary
 from experiments.studies.jobs import Job, Result
 from experiments.studies.summary import paired, seeds_needed
 from experiments.training import optimizers

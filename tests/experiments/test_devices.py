@@ -21,7 +21,7 @@ from experiments.data.dataset import Dataset, Split
 from experiments.data.inputs import in_memory, open_inputs
 from experiments.settings import recipes
 from experiments.settings.configs import Run
-from experiments.system.devices import start
+from experiments.training.devices import start
 from experiments.training.program import make_program
 
 RNG = np.random.default_rng(0)

@@ -27,8 +27,8 @@ from experiments.figures.snapshots import Snapshot, Trained, find_runs, snapshot
 from experiments.settings import recipes
 from experiments.settings.configs import Figures, Run
 from experiments.system import tables
-from experiments.system.devices import start
 from experiments.training.checkpoints import Checkpoints
+from experiments.training.devices import start
 from experiments.training.logs import EpochRow
 from experiments.training.program import make_program
 

@@ -14,7 +14,7 @@ from experiments.data import inputs
 from experiments.settings import recipes
 from experiments.studies import jobs
 from experiments.studies.jobs import Job
-from experiments.system import tables
+from experiments.system import files, tables
 from experiments.training import logs, program, run_folder
 from experiments.training.logs import EpochRow
 
@@ -107,7 +107,7 @@ def test_each_mistake_of_json_is_one_line(content, said, refused):
 def test_a_bytes_mark_that_is_no_text(tmp_path):
     (tmp_path / "config.json").write_bytes(b'{"a": "\xff\xfe"}')
     with pytest.raises(ValueError, match="damaged, or not JSON"):
-        run_folder.read_json(tmp_path / "config.json")
+        files.read_json(tmp_path / "config.json")
 
 
 def test_settings_on_the_command_line_are_checked_alike():

@@ -96,7 +96,7 @@ def test_damage_of_the_wrong_kind_is_found_without_waiting(run):
     (run / "config.json").unlink()
     os.mkfifo(run / "config.json")
     with pytest.raises(ValueError, match="named pipe"):
-        run_folder.read_json(run / "config.json")
+        files.read_json(run / "config.json")
 
 
 @pytest.mark.parametrize("name", ["lock", "config.json.partial", "metrics.csv.partial", "metrics.csv"])

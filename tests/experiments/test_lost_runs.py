@@ -14,8 +14,8 @@ pytest.importorskip("tensorboardX", reason="the experiments need pip install crs
 
 from experiments.settings import recipes
 from experiments.settings.configs import Run
-from experiments.system import devices, interruptions
-from experiments.training import run_folder
+from experiments.system import interruptions
+from experiments.training import devices, run_folder
 from experiments.training.checkpoints import Checkpoints
 from experiments.training.logs import read_epochs
 from experiments.training.restore import restore

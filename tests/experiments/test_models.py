@@ -11,8 +11,8 @@ pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[e
 
 from flax import nnx
 
-from experiments.networks.network import build, parameter_count
 from experiments.networks.layers import Layers
+from experiments.networks.network import build, parameter_count
 from experiments.networks.residual import BasicBlock, Bottleneck, PyramidBlock
 
 CIFAR, IMAGENET = (32, 32, 3), (224, 224, 3)

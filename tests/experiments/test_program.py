@@ -13,12 +13,12 @@ pytest.importorskip("sklearn", reason="the experiments need pip install crsam_ja
 
 from experiments.data.inputs import open_inputs
 from experiments.networks.augment import normalize
-from experiments.settings import arms, recipes
+from experiments.settings import recipes
 from experiments.settings.configs import Run
 from experiments.settings.overrides import changed
 from experiments.settings.recipes import Recipe
-from experiments.system import devices
-from experiments.training import judge
+from experiments.studies import arms
+from experiments.training import devices, judge
 from experiments.training.judge import evaluate
 from experiments.training.program import averaged, make_program
 

@@ -11,9 +11,9 @@ pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments.data.inputs import load
-from experiments.settings import arms, overrides, ranges, recipes
+from experiments.settings import overrides, ranges, recipes
 from experiments.settings.configs import Run, Tune
-from experiments.studies import jobs
+from experiments.studies import arms, jobs
 from experiments.studies.spaces import WIDTH, neighbourhood, sample, shared_sample, space_of
 from experiments.studies.tune import tune
 

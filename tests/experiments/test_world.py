@@ -18,7 +18,7 @@ from experiments import cli
 from experiments.data import vision
 from experiments.data.inputs import open_inputs
 from experiments.settings.configs import Run
-from experiments.system import devices
+from experiments.training import devices
 from tests.experiments.prepared import examples, prepare
 from tests.experiments.test_imagenet_training import RECIPE
 

@@ -9,7 +9,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from experiments.settings.configs import Run
-from experiments.system import supervisor
+from experiments.training import supervisor
 
 
 def start(run: Run) -> Mesh:
