@@ -26,6 +26,7 @@ COMMANDS = {
     "tune": "cli:tune",
     "study": "studies.study:study",
     "radius": "studies.radius:radius",
+    "regimes": "studies.regimes:regimes",
     "language": "studies.language:language",
     "sensitivity": "cli:sensitivity",
     "evaluate": "training.evaluate:evaluate_run",
