@@ -29,14 +29,6 @@ extensions = [
     "sphinx_copybutton",
     "sphinx_design",
 ]
-# Written by commands, and shown on pages.
-exclude_patterns = [
-    "digits/table.md",
-    "figures/table3.md",
-    "language/table.md",
-    "study/*/*.md",
-    "study/*/*/*.md",
-]
 nitpicky = True
 nitpick_ignore_regex = [
     ("py:.*", r"(collections|jax|numpy|optax|typing)\..*"),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
-DEFAULT = Path("docs/figures/method.png")
+DEFAULT = Path("results/published/figures/method.png")
 RHO = 1.0
 
 

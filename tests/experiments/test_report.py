@@ -14,7 +14,8 @@ from experiments.studies.jobs import Result
 from experiments.studies.summary import paired, seeds_needed
 from experiments.system import tables
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
+DOCS, STUDY = ROOT / "docs", ROOT / "results" / "published" / "study"
 TASKS = ("digits", "cifar10", "cifar10-augmented", "fashion-noise", "fashion-vit")
 RIGHT_LABELS = ("cifar10", "cifar10-augmented", "fashion-vit")
 
@@ -28,13 +29,13 @@ def accuracies():
     """Of a task and an arm, by seed."""
     found = {}
     for task in TASKS:
-        for row in tables.read(DOCS / "study" / task / "runs.csv", Result):
+        for row in tables.read(STUDY / task / "runs.csv", Result):
             found.setdefault((task, row.arm), {})[row.seed] = row.test_accuracy
     return found
 
 
 def trials(task, arm):
-    with (DOCS / "study" / task / "trials.csv").open() as file:
+    with (STUDY / task / "trials.csv").open() as file:
         return [row for row in csv.DictReader(file) if row["arm"] == arm]
 
 
@@ -49,7 +50,7 @@ def with_interval(difference):
 def test_no_task_is_fitted():
     found = {}
     for task in TASKS:
-        rows = tables.read(DOCS / "study" / task / "runs.csv", Result)
+        rows = tables.read(STUDY / task / "runs.csv", Result)
         found[task] = np.mean([row.train_accuracy for row in rows if row.arm == "base"])
     text = words("study.md")
     assert all(f"{value:.1f} %" in text for value in found.values())
@@ -155,7 +156,7 @@ def test_what_the_penalty_adds_at_equal_radius(accuracies):
 
 @pytest.mark.parametrize(("task", "seeds"), [("digits", 20), ("fashion-noise", 9)])
 def test_sam_and_crsam_at_one_radius(task, seeds):
-    rows = tables.read(DOCS / "study" / "supplement" / f"{task}-radius" / "runs.csv", Result)
+    rows = tables.read(STUDY / "supplement" / f"{task}-radius" / "runs.csv", Result)
     arms = {"digits": ("sam", next(row.arm for row in rows if row.arm != "sam"))}.get(
         task, ("crsam,crsam.alpha=0,crsam.beta=0", "crsam")
     )
@@ -170,7 +171,7 @@ def test_sam_and_crsam_at_one_radius(task, seeds):
 
 
 def test_the_network_that_fits():
-    rows = tables.read(DOCS / "study" / "cifar10-5000" / "runs.csv", Result)
+    rows = tables.read(STUDY / "cifar10-5000" / "runs.csv", Result)
     runs = {arm: [row for row in rows if row.arm == arm] for arm in ("base", "sam", "crsam")}
     assert {len(one) for one in runs.values()} == {5}
     assert {row.train_accuracy for row in runs["base"]} == {100.0}

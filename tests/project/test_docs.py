@@ -30,6 +30,29 @@ def test_the_links_of_the_readme_lead_to_files():
     assert not [target for target in targets if not (ROOT / target).exists()]
 
 
+def test_results_are_apart_from_the_pages():
+    results = [path.name for path in (ROOT / "docs").rglob("*.*") if path.suffix in (".csv", ".json", ".png")]
+    assert not results, f"{results} belong in results/published"
+    shown = [
+        path.parent / target
+        for path in (ROOT / "docs").rglob("*.md")
+        for target in re.findall(r"\]\(([./]*results/published/[^)]+)\)", path.read_text())
+    ]
+    assert len(shown) > 20
+    assert not [str(path) for path in shown if not path.is_file()]
+
+
+def test_the_commands_of_pages_name_published_results_that_are_there():
+    named = {
+        name
+        for path in (ROOT / "docs").rglob("*.md")
+        for name in re.findall(r"(?<![./\w])results/published/[\w./-]*\w", path.read_text())
+    }
+    assert len(named) > 20
+    missing = {name for name in named if not (ROOT / name).exists()}
+    assert missing <= {"results/published/accelerators/measured.csv"}  # no device has run the command yet
+
+
 def test_the_readme_is_short():
     lines = (ROOT / "README.md").read_text().splitlines()
     assert len(lines) <= 130
@@ -38,7 +61,7 @@ def test_the_readme_is_short():
 
 def test_no_placeholder_is_left():
     """A word in capitals alone on a line was to be replaced by what a command prints."""
-    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]
+    pages = [ROOT / "README.md", *(ROOT / "docs").rglob("*.md"), *(ROOT / "results/published").rglob("*.md")]
     left = [page.name for page in pages for line in page.read_text().splitlines() if re.fullmatch("[A-Z_]{4,}", line)]
     assert not left
 
