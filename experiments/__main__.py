@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 
-_TRAINING = {"train", "compare", "tune", "study", "radius", "regimes", "sensitivity"}
+_TRAINING = {"train", "compare", "tune", "study", "radius", "regimes", "stronger", "sensitivity"}
 
 
 def main() -> int:

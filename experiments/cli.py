@@ -27,6 +27,7 @@ COMMANDS = {
     "study": "studies.study:study",
     "radius": "studies.radius:radius",
     "regimes": "studies.regimes:regimes",
+    "stronger": "studies.stronger:stronger",
     "language": "studies.language:language",
     "sensitivity": "cli:sensitivity",
     "evaluate": "training.evaluate:evaluate_run",

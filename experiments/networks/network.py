@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
-from jax.typing import DTypeLike
+from jax.typing import ArrayLike, DTypeLike
 
 from experiments.data.inputs import Signature
 from experiments.networks.convnet import ConvNet
@@ -22,8 +22,8 @@ from experiments.settings.recipes import NetworkSettings
 from experiments.settings.sources import in_python_file
 from experiments.settings.suggestions import unknown
 
-LossFn = Callable[[Any, Any, jax.Array, jax.Array], tuple[jax.Array, Any]]
-"""``(params, model_state, images, labels) -> loss, (new model state, right answers)``."""
+LossFn = Callable[..., tuple[jax.Array, Any]]
+"""``(params, model_state, images, labels, label_smoothing=None) -> loss, (new model state, right answers)``."""
 
 
 class Network(NamedTuple):
@@ -64,11 +64,18 @@ def make_network(settings: NetworkSettings, signature: Signature, groups: int = 
         model = make_model(seed)
         return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
 
-    def loss_of_batch(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
+    def loss_of_batch(
+        params: Any, model_state: Any, images: jax.Array, labels: jax.Array, label_smoothing: ArrayLike | None = None
+    ) -> tuple[jax.Array, Any]:
         model = nnx.merge(graphdef, params, model_state, copy=True)
         model.train()
         logits = model(images)
-        loss = jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, labels))
+        if label_smoothing is None:
+            losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+        else:
+            shares = jax.nn.one_hot(labels, signature.num_classes)
+            losses = optax.softmax_cross_entropy(logits, optax.smooth_labels(shares, label_smoothing))
+        loss = jnp.mean(losses)
         return loss, (nnx.state(model, nnx.Not(nnx.Param)), jnp.sum(jnp.argmax(logits, -1) == labels))
 
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
@@ -90,8 +97,10 @@ def make_network(settings: NetworkSettings, signature: Signature, groups: int = 
 def _mean_over(loss_fn: LossFn, split: Callable[[jax.Array], jax.Array], mapped: Callable[..., Any]) -> LossFn:
     """The mean over parts of a batch."""
 
-    def mean_loss(params: Any, model_state: Any, images: jax.Array, labels: jax.Array) -> tuple[jax.Array, Any]:
-        of_parts = mapped(lambda part: loss_fn(params, model_state, *part))
+    def mean_loss(
+        params: Any, model_state: Any, images: jax.Array, labels: jax.Array, label_smoothing: ArrayLike | None = None
+    ) -> tuple[jax.Array, Any]:
+        of_parts = mapped(lambda part: loss_fn(params, model_state, *part, label_smoothing))
         losses, (states, correct) = of_parts((split(images), split(labels)))
         return jnp.mean(losses), (jax.tree.map(lambda x: jnp.mean(x, axis=0), states), jnp.sum(correct))
 

@@ -118,6 +118,10 @@ class Recipe:
     """After the warm-up: half a cosine to zero at the last step, or the peak throughout."""
     ema: Decay | None = None
     """Decay of an average of the weights over the steps; it is evaluated beside them, and judged in their place."""
+    swa_start: ShareBelow1 | None = None
+    """Share of the steps after which the weights of all steps are averaged alike (SWA); judged in their place too."""
+    label_smoothing: Decay | None = None
+    """Share of each label that the training loss spreads over all classes."""
     method: str = "base"
     """base (the base optimizer alone), sam, crsam, or a relative of theirs."""
     sam: Sam = dataclasses.field(default_factory=Sam)
@@ -190,6 +194,8 @@ class Recipe:
             raise ValueError(
                 f"--warmup-epochs must be less than --epochs, which is {self.epochs}, got {self.warmup_epochs:g}."
             )
+        if self.ema is not None and self.swa_start is not None:
+            raise ValueError("--ema and --swa-start are two averages of the weights: give one of them.")
         for arm, settings in self.per_method.items():
             if not isinstance(settings, dict):
                 raise ValueError(f"per_method.{arm} must be settings by name, got {str(settings)[:100]!r}.")

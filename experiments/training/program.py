@@ -30,7 +30,7 @@ class State(NamedTuple):
       params: the network's parameters.
       model_state: its other state, BatchNorm's statistics.
       opt_state: the optimizer's state.
-      average: of params and model state over the steps, if the recipe has an ``ema``, else None.
+      average: of params and model state over the steps, if the recipe has ``ema`` or ``swa_start``, else None.
       loss: of the last step's batch, before the step.
       loss_sum: of the epoch so far, one loss per step.
       correct: training examples classified correctly in the epoch so far, at the weights of their step. If a method
@@ -58,7 +58,7 @@ class Program(NamedTuple):
       init: from a seed to the first state.
       step: from a state (donated) and a feed to the next state.
       weights: from a state to the params to evaluate, average and export: without the shift of MSAM and S²-SAM.
-      loss_fn: the training loss, ``(params, model_state, images, labels) -> loss, (model state, right answers)``.
+      loss_fn: the training loss, see :data:`experiments.networks.network.LossFn`.
       judge: what the network is judged by, the same functions for all methods.
       schedule: the learning rate of each step.
     """
@@ -96,6 +96,14 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     def optimizer_of(numbers: dict[str, jax.Array]) -> optax.GradientTransformationExtraArgs:
         return optimizer(recipe.with_numbers(numbers), network.loss_fn, signature.steps_per_epoch)
 
+    def mean(state: State) -> optax.GradientTransformation:
+        """Updates the average; from ``swa_start`` on all steps have the same weight, and before it the last has all."""
+        if recipe.swa_start is None:
+            return optax.ema(state.numbers["ema"])
+        start = round(recipe.swa_start * recipe.epochs * signature.steps_per_epoch)
+        seen = jnp.maximum(state.step - start, 0)
+        return optax.ema(seen / (seen + 1), debias=False)
+
     @partial(jax.jit, out_shardings=everywhere)
     def unshifted(opt_state: Any, params: Any) -> Any:
         return crsam_jax.eval_params(opt_state, params) if method_of(recipe).is_shifted else params
@@ -105,7 +113,8 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
         params, model_state = network.init(seed)
         rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
-        average = optax.ema(0.0).init((params, model_state)) if "ema" in numbers else None
+        is_averaged = "ema" in numbers or recipe.swa_start is not None
+        average = optax.ema(0.0).init((params, model_state)) if is_averaged else None
         opt_state = optimizer_of(numbers).init(params)
         return State(none, rng, numbers, params, model_state, opt_state, average, zero, zero, none, none - 1)
 
@@ -116,6 +125,8 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
         images = augment(on_device, key, images, signature.mean, signature.std)
         # The model's other state is that before the clean pass for all evaluations of a step.
         inputs = {"model_state": state.model_state, "images": images, "labels": labels}
+        if "label_smoothing" in state.numbers:
+            inputs["label_smoothing"] = state.numbers["label_smoothing"]
         grad_fn = jax.value_and_grad(network.loss_fn, has_aux=True)
         # Of a batch that is divided among devices, every device has its share of the part.
         ascended = inputs | {"images": images[::part], "labels": labels[::part]}
@@ -125,7 +136,7 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
         params = optax.apply_updates(state.params, updates)
         average = state.average
         if average is not None:
-            _, average = optax.ema(state.numbers["ema"]).update((unshifted(opt_state, params), model_state), average)
+            _, average = mean(state).update((unshifted(opt_state, params), model_state), average)
         is_first = state.step % signature.steps_per_epoch == 0
         return state._replace(
             step=state.step + 1,
@@ -153,8 +164,10 @@ def _judged_network(settings: NetworkSettings, signature: Signature, mesh: Mesh)
 
 
 def averaged(state: State) -> tuple[Any, Any]:
-    """The average of params and model state over the steps so far, weighted by powers of the decay."""
+    """The average of params and model state over the steps so far: weighted by powers of the decay, or SWA's."""
     if state.average is None:
-        raise ValueError("This run has no averaged weights: train it with --ema.")
-    mean = optax.tree.bias_correction(state.average.ema, state.numbers["ema"], state.average.count)
+        raise ValueError("This run has no averaged weights: train it with --ema or --swa-start.")
+    mean = state.average.ema
+    if "ema" in state.numbers:
+        mean = optax.tree.bias_correction(mean, state.numbers["ema"], state.average.count)
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), mean, (state.params, state.model_state))

@@ -49,13 +49,13 @@ def check_free(recipe: Recipe, folder: Path) -> None:
         saved, wanted = files.read_json(path), json.loads(json.dumps(dataclasses.asdict(recipe)))
         names = sorted(name for name in saved.keys() | wanted.keys() if saved.get(name) != wanted.get(name))
         is_longer = names == ["epochs"] and type(saved.get("epochs")) is int and saved["epochs"] < wanted["epochs"]
-        if not names or (is_longer and recipe.schedule == "constant"):
+        if not names or (is_longer and recipe.schedule == "constant" and recipe.swa_start is None):
             return
         pairs = (f"{name} {str(saved.get(name))[:100]} there, {str(wanted.get(name))[:100]} here" for name in names)
         changes = "; ".join(pairs)[:1000]
         hint = (
             " Its learning rate falls to zero with its last epoch, and with more of them would have been another from "
-            "the first step on: only runs with --schedule constant can be extended."
+            "the first step on: only runs with --schedule constant, without --swa-start, can be extended."
         ) * is_longer
         raise FileExistsError(f"{folder} holds another run ({changes}).{hint} Name another folder with --out.")
     foreign = [entry for entry in folder.iterdir() if not files.is_of_system(entry)] if folder.exists() else []

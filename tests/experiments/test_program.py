@@ -13,7 +13,7 @@ pytest.importorskip("sklearn", reason="the experiments need pip install crsam_ja
 
 from experiments.data.inputs import open_inputs
 from experiments.networks.augment import normalize
-from experiments.settings import recipes
+from experiments.settings import ranges, recipes
 from experiments.settings.configs import Run
 from experiments.settings.overrides import changed
 from experiments.settings.recipes import Recipe
@@ -86,6 +86,39 @@ def test_the_average_is_weighted_by_powers_of_the_decay():
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), average, expected)
     with pytest.raises(ValueError, match="--ema"):
         averaged(states(RECIPE, 1)[0])
+
+
+def test_swa_is_the_mean_of_the_last_steps():
+    recipe = dataclasses.replace(RECIPE, epochs=1, swa_start=0.5)
+    inputs, _ = opened(recipe)
+    total = inputs.signature.steps_per_epoch
+    found = states(recipe, total)
+    first = round(0.5 * total)
+    for step in (0, first - 1, first, total - 1):
+        params, model_state = averaged(jax.tree.map(jnp.asarray, found[step]))
+        counted = found[min(first, step) : step + 1]
+        for average, trees in ((params, [s.params for s in counted]), (model_state, [s.model_state for s in counted])):
+            expected = jax.tree.map(lambda *x: np.mean(np.stack(x), 0), *trees)
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5, atol=1e-6), average, expected)
+    with pytest.raises(ValueError, match="--ema and --swa-start are two averages"):
+        ranges.check(dataclasses.replace(recipe, ema=0.9))
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_label_smoothing_spreads_a_share_of_each_label_over_all_classes(accumulate):
+    """In the loss of every point; its number is an input of the compiled step."""
+    recipe = dataclasses.replace(RECIPE, label_smoothing=0.3, accumulate=accumulate)
+    inputs, made = opened(recipe)
+    state, (images, labels, order) = made.init(0), inputs.feed(0)
+    images, labels = normalize(images[order[0]], inputs.signature.mean, inputs.signature.std), labels[order[0]]
+    loss, _ = made.loss_fn(state.params, state.model_state, images, labels, state.numbers["label_smoothing"])
+    plain, (_, right) = made.loss_fn(state.params, state.model_state, images, labels)
+    over_all = [made.loss_fn(state.params, state.model_state, images, jnp.full_like(labels, k))[0] for k in range(10)]
+    np.testing.assert_allclose(loss, 0.7 * plain + 0.3 * np.mean(over_all), rtol=1e-5)
+    assert opened(dataclasses.replace(recipe, label_smoothing=0.1))[1].step is made.step
+    after = made.step(state, inputs.feed(0))
+    np.testing.assert_allclose(after.loss, loss, rtol=1e-4)
+    assert after.correct == right
 
 
 def test_the_calibration_error_is_that_of_the_bins():
