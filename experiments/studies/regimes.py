@@ -194,7 +194,7 @@ def _draw(
     """Gains as colours around white at zero; in bold where the interval does not include zero."""
     noises, sizes = (sorted({key[place] for key in by_cell}) for place in (0, 1))
     most = max(abs(row.gain) for rows in by_cell.values() for row in rows.values()) or 1.0
-    with style.drawn(path, height=2.6) as figure:
+    with style.drawn(path, height=3.2) as figure:
         axes = figure.subplots(1, len(methods), squeeze=False, sharey=True)[0]
         for axis, method in zip(axes, methods, strict=True):
             values = np.full((len(noises), len(sizes)), np.nan)
@@ -202,7 +202,7 @@ def _draw(
                 row, place = rows[method], (noises.index(noise), sizes.index(size))
                 values[place] = row.gain
                 is_clear = row.low > 0 or row.high < 0
-                text = f"{row.gain:+.1f}\n({row.low:+.1f} to {row.high:+.1f})".replace("-", "−")
+                text = f"{row.gain:+.1f}\n{row.low:+.1f} to\n{row.high:+.1f}".replace("-", "−")
                 weight = "bold" if is_clear else "normal"
                 color = "white" if abs(row.gain) > 0.6 * most else "black"
                 axis.text(*place[::-1], text, ha="center", va="center", fontsize=6, weight=weight, color=color)
