@@ -17,7 +17,7 @@ from experiments.settings import recipes
 from experiments.settings.configs import Compare, Run, Tune
 from experiments.settings.overrides import find
 from experiments.settings.recipes import CrSam, Recipe
-from experiments.settings.suggestions import unknown
+from experiments.settings.suggestions import check_names
 from experiments.studies import study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Result
@@ -92,11 +92,7 @@ def radius(
     """
     if not {"sam", "crsam"} <= set(methods):
         raise ValueError(f"--methods must hold sam and crsam, got {' '.join(methods)}.")
-    if not names:
-        raise ValueError(f"Name a task: {', '.join(TASKS)}.")
-    for name in names:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
+    check_names("task", names, TASKS)
     found: list[Contrast] = []
     for name in names:
         for search in range(searches):

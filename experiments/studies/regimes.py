@@ -18,7 +18,7 @@ from experiments.settings import recipes
 from experiments.settings.configs import Compare, Run, Tune
 from experiments.settings.overrides import find
 from experiments.settings.recipes import Recipe
-from experiments.settings.suggestions import unknown
+from experiments.settings.suggestions import check_names
 from experiments.studies import arms, study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Result
@@ -104,11 +104,7 @@ def regimes(
         trial_seeds: Runs of each setting.
         seeds: Fresh runs of each method in each cell.
     """
-    if not names:
-        raise ValueError(f"Name a task: {', '.join(TASKS)}.")
-    for name in names:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
+    check_names("task", names, TASKS)
     for name in names:
         found: list[Cell] = []
         for noise, examples, recipe in cells(TASKS[name]):

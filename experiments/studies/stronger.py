@@ -14,7 +14,7 @@ import tyro
 from experiments.settings.configs import Compare, Run, Tune
 from experiments.settings.overrides import find
 from experiments.settings.recipes import Recipe
-from experiments.settings.suggestions import unknown
+from experiments.settings.suggestions import check_names
 from experiments.studies import study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Job, Result
@@ -79,11 +79,7 @@ def stronger(
         trial_seeds: Runs of each setting.
         seeds: Fresh runs of each arm.
     """
-    if not names:
-        raise ValueError(f"Name a task: {', '.join(TASKS)}.")
-    for name in names:
-        if name not in TASKS:
-            raise unknown("task", name, TASKS)
+    check_names("task", names, TASKS)
     rows: list[Row] = []
     for name in names:
         found = _accuracies_of(

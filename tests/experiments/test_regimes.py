@@ -1,6 +1,5 @@
 """The map of gains: every cell is a task with its own search, and all runs have the same number of steps."""
 
-import csv
 import dataclasses
 
 import matplotlib.image
@@ -13,13 +12,9 @@ pytest.importorskip("sklearn", reason="the experiments need pip install crsam_ja
 from experiments.studies import regimes
 from experiments.studies.jobs import Result
 from experiments.studies.summary import paired
+from tests.experiments.test_radius import read
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow

@@ -1,30 +1,17 @@
 """A strong base: what is searched, what is averaged, and which epoch early stopping takes."""
 
-import csv
-import dataclasses
-
 import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.settings import recipes
 from experiments.studies import stronger
 from experiments.studies.summary import paired
 from experiments.system import tables
 from experiments.training.logs import EpochRow
+from tests.experiments.test_radius import TINY, read
 
 pytestmark = pytest.mark.usefixtures("compiled")
-
-TINY = dataclasses.replace(
-    recipes.get("digits"), epochs=2, batch_size=32, examples_per_class=7, test_examples_per_class=5,
-    model_options={"width": 4}, per_method={},
-)  # fmt: skip
-
-
-def read(path):
-    with path.open() as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.slow
