@@ -1,5 +1,7 @@
 """A strong base: what is searched, what is averaged, and which epoch early stopping takes."""
 
+import dataclasses
+
 import pytest
 
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
@@ -16,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("compiled")
 
 @pytest.mark.slow
 def test_a_miniature_of_the_strong_base(tmp_path, monkeypatch):
-    monkeypatch.setitem(stronger.TASKS, "digits", TINY)
+    monkeypatch.setitem(stronger.TASKS, "digits", dataclasses.replace(TINY, epochs=2))
     options = dict(out=tmp_path, trials=2, trial_seeds=1, seeds=2)
     stronger.stronger(("digits",), **options)
     rows = read(tmp_path / "stronger.csv")
