@@ -14,6 +14,7 @@ from jax.typing import ArrayLike, DTypeLike
 
 from experiments.data.inputs import Signature
 from experiments.networks.convnet import ConvNet
+from experiments.networks.efficientnet import EfficientNet
 from experiments.networks.layers import Layers, Shape
 from experiments.networks.residual import BasicBlock, Bottleneck, PyramidNet, ResNet, WideResNet
 from experiments.networks.vit import VisionTransformer
@@ -117,6 +118,7 @@ _NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vit_s32": (VisionTransformer, {"patch_size": 32, "width": 384, "num_heads": 6}),
     "vit_b32": (VisionTransformer, {"patch_size": 32, "width": 768, "num_heads": 12}),
     "vit_ti4": (VisionTransformer, {"patch_size": 4, "width": 192, "num_heads": 3}),
+    "efficientnet_lite0": (EfficientNet, {"stage_sizes": (1, 2, 2, 3, 3, 4, 1)}),
     "convnet": (ConvNet, {}),
 }
 NAMES = tuple(_NETWORKS)
