@@ -1,6 +1,7 @@
-"""EfficientNet-Lite0: its architecture, and pretrained weights: read without torch and put in their places."""
+"""EfficientNet-Lite0: its architecture, and pretrained weights: read without torch, put in their places, fine-tuned."""
 
 import collections
+import dataclasses
 import os
 import pickle
 import sys
@@ -9,16 +10,28 @@ import types
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 
 from flax import nnx
 
+from experiments.data.dataset import Dataset, Split
+from experiments.data.inputs import in_memory
 from experiments.networks import pretrained, torch_file
+from experiments.networks.augment import normalize, scaled
 from experiments.networks.efficientnet import STAGES, DepthwiseConv
 from experiments.networks.layers import Layers
-from experiments.networks.network import build, parameter_count
+from experiments.networks.network import build, make_network, parameter_count
+from experiments.settings import ranges, recipes
+from experiments.settings.configs import Run
+from experiments.settings.overrides import changed, from_settings
+from experiments.settings.ranges import flat
+from experiments.training import devices
+from experiments.training.program import make_program
+
+RECIPE = recipes.get("cifar10-finetune")
 
 
 def abstract(num_classes=10, shape=(64, 64, 3), **options):
@@ -269,6 +282,98 @@ def test_without_the_package_the_error_has_the_line(monkeypatch, tmp_path):
     monkeypatch.setattr(pretrained, "find", lambda: other)
     with pytest.raises(ValueError, match="is damaged or another version"):
         pretrained.load.__wrapped__()
+
+
+def data(channels=3, side=16):
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (40, side, side, channels), np.uint8)
+    split = Split(images, np.arange(40, dtype=np.int32) % 4)
+    return Dataset("test", split, split, 4, (0.1,) * channels, (0.5,) * channels)
+
+
+TINY = dataclasses.replace(
+    RECIPE, model_options={"stage_sizes": (1, 1)}, image_size=24, batch_size=8, epochs=1, augmentation="none"
+)  # fmt: skip
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """Makes the inputs and the program of a network of two stages, whose weights are random ones."""
+    weights = pretrained.renamed(state_dict((1, 1)))
+    monkeypatch.setattr(pretrained, "load", lambda: weights)
+
+    def make(dataset, recipe=TINY):
+        mesh = devices.start(Run(devices=1))
+        inputs = in_memory(recipe, dataset, mesh)
+        return inputs, make_program(recipe, inputs.signature, mesh), weights
+
+    return make
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_images_are_normalized_as_for_the_weights_and_scaled_up(tiny, channels):
+    inputs, _, _ = tiny(data(channels))
+    signature = inputs.signature
+    assert signature.image_shape == (24, 24, 3)
+    images, *_ = inputs.feed(0)
+    found = scaled(normalize(images, signature.mean, signature.std), signature.image_shape)
+    colors = np.broadcast_to(np.asarray(images[:1], np.float32) / 255, (1, 16, 16, 3))
+    normal = (255 * colors - 127) / 128
+    at = np.clip((np.arange(24) + 0.5) * 16 / 24 - 0.5, 0, 15)
+    rows = np.apply_along_axis(lambda column: np.interp(at, np.arange(16), column), 1, normal)
+    both = np.apply_along_axis(lambda row: np.interp(at, np.arange(16), row), 2, rows)
+    np.testing.assert_allclose(found[:1], both, atol=1e-4)
+
+
+def test_steps_and_evaluations_see_the_scaled_images(tiny):
+    inputs, program, _ = tiny(data())
+    signature, state = inputs.signature, program.init(3)
+    images, labels, order = inputs.feed(0)
+    found = scaled(normalize(images, signature.mean, signature.std), signature.image_shape)
+    network = make_network(TINY.network, signature)
+    logits = network.logits(state.params, state.model_state, found)
+    expected = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+    np.testing.assert_allclose(
+        program.judge.loss(state.params, state.model_state, (images, labels)), expected, rtol=1e-4
+    )
+    first, _ = program.loss_fn(state.params, state.model_state, found[order[0]], labels[order[0]])
+    np.testing.assert_allclose(program.step(state, inputs.feed(0)).loss, first, rtol=1e-4)
+
+
+def test_images_are_not_scaled_down_and_keep_their_form(tiny):
+    assert tiny(data(side=40))[0].signature.image_shape == (40, 40, 3)
+    with pytest.raises(ValueError, match="grey or color images, and test has 2 channels"):
+        tiny(data(channels=2))
+
+
+def test_a_run_begins_at_the_weights_with_a_head_of_its_seed(tiny):
+    inputs, program, weights = tiny(data())
+    one, other = program.init(0), program.init(1)
+    for state in (one, other):
+        np.testing.assert_array_equal(
+            state.params["blocks"][1]["project"]["kernel"][...], weights["blocks/1/project/kernel"]
+        )
+        np.testing.assert_array_equal(state.model_state["norm2"]["mean"][...], weights["norm2/mean"])
+    assert one.params["head"]["kernel"].shape == (1280, 4)
+    assert not np.array_equal(one.params["head"]["kernel"][...], other.params["head"]["kernel"][...])
+    before = {name: array.copy() for name, array in weights.items()}
+    program.step(one, inputs.feed(0))  # the state is donated, the weights are not
+    jax.tree.map(np.testing.assert_array_equal, weights, before)
+    again = program.init(0)
+    np.testing.assert_array_equal(again.params["conv1"]["kernel"][...], before["conv1/kernel"])
+
+
+def test_a_configuration_without_the_setting_has_its_default():
+    settings = flat(recipes.get("digits"))
+    assert settings.pop("pretrained") is None
+    assert from_settings(settings) == recipes.get("digits")
+    assert changed(RECIPE, {"pretrained": None}).pretrained is None
+    with pytest.raises(ValueError, match="value of pretrained"):
+        changed(RECIPE, {"pretrained": "imagnet"})
+    ranges.check(RECIPE)
+    for change in ({"model": "resnet18"}, {"model_options": {"stage_sizes": (1, 1)}}):
+        with pytest.raises(ValueError, match="--pretrained is for efficientnet_lite0 as it is, got"):
+            ranges.check(dataclasses.replace(RECIPE, **change))
 
 
 def test_the_published_weights_give_torchs_logits():
