@@ -29,6 +29,7 @@ from experiments.settings.configs import Run
 from experiments.settings.overrides import changed, from_settings
 from experiments.settings.ranges import flat
 from experiments.training import devices
+from experiments.training.optimizers import METHODS
 from experiments.training.program import make_program
 
 RECIPE = recipes.get("cifar10-finetune")
@@ -374,6 +375,20 @@ def test_a_configuration_without_the_setting_has_its_default():
     for change in ({"model": "resnet18"}, {"model_options": {"stage_sizes": (1, 1)}}):
         with pytest.raises(ValueError, match="--pretrained is for efficientnet_lite0 as it is, got"):
             ranges.check(dataclasses.replace(RECIPE, **change))
+
+
+def test_sam_on_perturbs_the_normalization_alone():
+    params = {"norm1": {"scale": jnp.array([1.0, -2.0])}, "dense": {"kernel": jnp.array([3.0, 0.5])}}
+    loss_fn = lambda params: (jnp.sum((params["norm1"]["scale"] * params["dense"]["kernel"]) ** 2), None)
+    stage = METHODS["sam-on"].stage(loss_fn, dataclasses.replace(RECIPE, sam=recipes.Sam(0.3)))
+    (loss, _), grads = jax.value_and_grad(loss_fn, has_aux=True)(params)
+    found, _ = stage.update(grads, stage.init(params), params, loss=loss)
+    direction = grads["norm1"]["scale"] / jnp.linalg.norm(grads["norm1"]["scale"])
+    shifted = params | {"norm1": {"scale": params["norm1"]["scale"] + 0.3 * direction}}
+    expected, _ = jax.grad(loss_fn, has_aux=True)(shifted)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    with pytest.raises(ValueError, match="no parameter of this network has norm in its name"):
+        stage.update({"a": jnp.ones(2)}, stage.init({"a": jnp.ones(2)}), {"a": jnp.ones(2)})
 
 
 def test_the_published_weights_give_torchs_logits():
