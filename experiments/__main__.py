@@ -25,8 +25,8 @@ def main() -> int:
 
     try:
         status = cli.main()
-    except RuntimeError:
-        supervisor.wait_for_peers_news()
+    except RuntimeError as error:
+        supervisor.wait_for_peers_news(error)
         raise
     finally:
         sys.stdout.flush()

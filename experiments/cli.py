@@ -19,6 +19,7 @@ from experiments.settings.ranges import flat
 from experiments.studies import arms
 from experiments.system import home, tables
 from experiments.system.quiet import quiet_libraries
+from experiments.training import supervisor
 
 COMMANDS = {
     "train": "cli:train",
@@ -193,6 +194,7 @@ def main() -> int:
         print("error: interrupted", file=sys.stderr)
         return 128 + signal.SIGINT
     except (FloatingPointError, ImportError, OSError, OverflowError, RecursionError, ValueError) as error:
+        supervisor.wait_for_peers_news(error)
         print(f"error: {_in_words(error)}", file=sys.stderr)
         return 1
     return 0

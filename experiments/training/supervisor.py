@@ -56,9 +56,12 @@ def port() -> int:
     return int(os.environ[_MARK].split(",")[1]) if is_supervised() else 0
 
 
-def wait_for_peers_news() -> None:
-    """Gives the watching process time to learn that a peer is gone, and to end this one, before it shows an error."""
-    if is_supervised():
+def wait_for_peers_news(error: Exception) -> None:
+    """Gives the watching process time to learn that a peer is gone, and to end this one, before it shows an error.
+
+    Where a peer is missing, a collective operation fails: in jax a RuntimeError, or a ValueError that names Gloo.
+    """
+    if is_supervised() and (isinstance(error, RuntimeError) or "Gloo" in str(error)):
         time.sleep(_SILENCE + 1)
 
 

@@ -18,6 +18,7 @@ pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install
 pytest.importorskip("tensorboardX", reason="the experiments need pip install crsam_jax[experiments]")
 
 from experiments.settings.configs import Run
+from experiments.training import supervisor
 from experiments.training.restore import restore
 from experiments.training.run_folder import locked, steps_of
 
@@ -184,3 +185,17 @@ def test_two_processes_resume_what_one_began_and_the_reverse(group):
     assert [note["processes"] for note in notes] == [1, 2, 4, 1]
     state = restore(run.folder, run=Run(devices=1)).state
     assert all(np.all(np.isfinite(leaf)) for leaf in jax.tree.leaves(state.params))
+
+
+@pytest.mark.parametrize(
+    ("error", "waits"),
+    [(RuntimeError("x"), True), (ValueError("UNKNOWN: Gloo AllGather failed"), True), (ValueError("x"), False)],
+)
+def test_a_failed_connection_waits_for_the_news_of_its_cause(monkeypatch, error, waits):
+    slept = []
+    monkeypatch.setattr(supervisor.time, "sleep", slept.append)
+    supervisor.wait_for_peers_news(error)
+    assert not slept  # where nothing watches
+    monkeypatch.setattr(supervisor, "is_supervised", lambda: True)
+    supervisor.wait_for_peers_news(error)
+    assert bool(slept) == waits
