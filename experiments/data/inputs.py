@@ -18,12 +18,21 @@ from experiments.system.interruptions import held_back
 
 EVALUATION_BATCH = 1000
 
+_PRETRAINED_MOMENTS = (127 / 255,) * 3, (128 / 255,) * 3  # EfficientNet-Lite's training had these, not ImageNet's own
+
 Batch = tuple[jax.Array, jax.Array]
 """Images, uint8 [batch, height, width, channels], and labels, int32 [batch]; −1 marks padding."""
 
 
 class Signature(NamedTuple):
-    """What a network must know about its data."""
+    """What a network must know about its data.
+
+    Attributes:
+      image_shape: of the images that the network gets, see :func:`experiments.networks.augment.scaled`.
+      num_classes: of the labels.
+      mean, std: what the images are normalized with, see :func:`experiments.networks.augment.normalize`.
+      steps_per_epoch: whole batches of the training data.
+    """
 
     image_shape: tuple[int, int, int]
     num_classes: int
@@ -113,9 +122,15 @@ def signature_of(recipe: Recipe, data_dir: Path | None = None) -> Signature:
 
 
 def signature_in_memory(recipe: Recipe, dataset: Dataset) -> Signature:
-    """Shapes and moments of a data set that is loaded."""
-    steps = len(dataset.train.labels) // recipe.batch_size
-    return Signature(dataset.train.images.shape[1:], dataset.num_classes, dataset.mean, dataset.std, steps)
+    """Shapes and moments of a data set that is loaded, as the network gets it."""
+    shape, steps = dataset.train.images.shape[1:], len(dataset.train.labels) // recipe.batch_size
+    if recipe.pretrained is None:
+        return Signature(shape, dataset.num_classes, dataset.mean, dataset.std, steps)
+    if shape[-1] not in (1, 3):
+        raise ValueError(f"--pretrained is for grey or color images, and {dataset.name} has {shape[-1]} channels.")
+    scale = max(1.0, recipe.image_size / max(shape[:2]))
+    shape = round(scale * shape[0]), round(scale * shape[1]), 3
+    return Signature(shape, dataset.num_classes, *_PRETRAINED_MOMENTS, steps)
 
 
 def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:

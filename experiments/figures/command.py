@@ -78,14 +78,14 @@ def measure_all(trained: Sequence[Trained], settings: Figures, out: Path, curvat
         signature = signature_in_memory(run.recipe, data)
         losses = losses or measures.losses_of(run.recipe, signature)
         kept = snapshots(run, signature, settings.epochs)
-        train = measures.examples(data.train, settings.train_examples, data)
+        train = measures.examples(data.train, settings.train_examples, signature)
         add = partial(_add, out, f"{run.label}, seed {run.recipe.seed}")
         if curvature:
-            splits = {"train": train, "test": measures.examples(data.test, settings.test_examples, data)}
+            splits = {"train": train, "test": measures.examples(data.test, settings.test_examples, signature)}
             for snapshot, (split, batch) in itertools.product(kept, splits.items()):
                 measure: Any = partial(measures.measure_curvature, losses, snapshot, batch, settings, split)
                 add(CURVATURE, Curvature, (*snapshot.key, split), measure)
-            few = measures.examples(data.train, settings.ratio_examples, data)
+            few = measures.examples(data.train, settings.ratio_examples, signature)
             for snapshot in kept:
                 measure = partial(measures.measure_ratio, losses, snapshot, few, settings, run.recipe.batch_size)
                 add(RATIO, Ratio, snapshot.key, measure)

@@ -11,10 +11,10 @@ import optax
 
 from crsam_jax import curvature, landscape
 from experiments.data import subset
-from experiments.data.dataset import Dataset, Split
+from experiments.data.dataset import Split
 from experiments.data.inputs import Batch, Signature
 from experiments.figures.snapshots import Snapshot
-from experiments.networks.augment import normalize
+from experiments.networks.augment import normalize, scaled
 from experiments.networks.network import make_network
 from experiments.settings.configs import Figures
 from experiments.settings.recipes import Recipe
@@ -100,11 +100,12 @@ def losses_of(recipe: Recipe, signature: Signature) -> Losses:
     return Losses(mean, each, accuracy)
 
 
-def examples(split: Split, count: int, dataset: Dataset) -> Batch:
+def examples(split: Split, count: int, signature: Signature) -> Batch:
     """The same number of examples of each class, ``count`` in all, or all if there are no more; normalized."""
     if count < len(split.labels):
-        split = subset.take_per_class(split, max(1, count // dataset.num_classes), seed=0)
-    return normalize(jnp.asarray(split.images), dataset.mean, dataset.std), jnp.asarray(split.labels)
+        split = subset.take_per_class(split, max(1, count // signature.num_classes), seed=0)
+    images = normalize(jnp.asarray(split.images), signature.mean, signature.std)
+    return scaled(images, signature.image_shape), jnp.asarray(split.labels)
 
 
 def measure_curvature(losses: Losses, snapshot: Snapshot, batch: Batch, settings: Figures, split: str) -> Curvature:

@@ -33,25 +33,35 @@ class Layers(NamedTuple):
     dtype: DTypeLike
     rngs: nnx.Rngs
 
-    def conv(self, inputs: int, outputs: int, kernel: int, stride: int = 1) -> nnx.Conv:
-        """A convolution without bias, padded by kernel // 2 on every side: "SAME" pads one only when it strides."""
+    def conv(
+        self, inputs: int, outputs: int, kernel: int, stride: int = 1, padding: int | str | None = None
+    ) -> nnx.Conv:
+        """A convolution without bias.
+
+        By default it is padded by kernel // 2 on every side: "SAME" pads one only when it strides.
+        """
         return nnx.Conv(
             inputs,
             outputs,
             (kernel, kernel),
             strides=stride,
-            padding=kernel // 2,
+            padding=kernel // 2 if padding is None else padding,
             use_bias=False,
             kernel_init=he_normal,
             dtype=self.dtype,
             rngs=self.rngs,
         )
 
-    def batch_norm(self, features: int, *, zero_init: bool = False) -> nnx.BatchNorm:
-        """Batch normalization; a tenth of each batch's statistics enters the running ones, which start at 0 and 1."""
+    def batch_norm(
+        self, features: int, *, zero_init: bool = False, momentum: float = 0.9, epsilon: float = 1e-5
+    ) -> nnx.BatchNorm:
+        """Batch normalization.
+
+        By default a tenth of each batch's statistics enters the running ones, which start at 0 and 1.
+        """
         scale_init = nnx.initializers.zeros if zero_init else nnx.initializers.ones
         norm = nnx.BatchNorm(
-            features, momentum=0.9, epsilon=1e-5, scale_init=scale_init, dtype=self.dtype, rngs=self.rngs
+            features, momentum=momentum, epsilon=epsilon, scale_init=scale_init, dtype=self.dtype, rngs=self.rngs
         )
         norm.mean, norm.var = RunningStatistic(norm.mean[...]), RunningStatistic(norm.var[...])
         return norm

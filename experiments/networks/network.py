@@ -14,7 +14,9 @@ from jax.typing import ArrayLike, DTypeLike
 
 from experiments.data.inputs import Signature
 from experiments.networks.convnet import ConvNet
+from experiments.networks.efficientnet import EfficientNet
 from experiments.networks.layers import Layers, Shape
+from experiments.networks.pretrained import Weights, placed
 from experiments.networks.residual import BasicBlock, Bottleneck, PyramidNet, ResNet, WideResNet
 from experiments.networks.vit import VisionTransformer
 from experiments.settings import python_files
@@ -30,12 +32,12 @@ class Network(NamedTuple):
     """Functions of params and model state: BatchNorm's statistics.
 
     Attributes:
-      init: from a seed to params and model state.
+      init: from a seed, and pretrained weights for all but the head or None, to params and model state.
       loss_fn: in training mode.
       logits: in evaluation mode, with stored statistics, ``(params, model_state, images) -> logits``.
     """
 
-    init: Callable[[int | jax.Array], tuple[Any, Any]]
+    init: Callable[[int | jax.Array, Weights | None], tuple[Any, Any]]
     loss_fn: LossFn
     logits: Callable[[Any, Any, jax.Array], jax.Array]
 
@@ -60,9 +62,10 @@ def make_network(settings: NetworkSettings, signature: Signature, groups: int = 
         logits_of = lambda model, images: python_files.told(settings.model, partial(model, images))
         check_logits(settings.model, nnx.eval_shape(logits_of, abstract, images), 2, signature.num_classes)
 
-    def init(seed: int | jax.Array) -> tuple[Any, Any]:
+    def init(seed: int | jax.Array, weights: Weights | None) -> tuple[Any, Any]:
         model = make_model(seed)
-        return nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+        params, model_state = nnx.state(model, nnx.Param), nnx.state(model, nnx.Not(nnx.Param))
+        return (params, model_state) if weights is None else placed(weights, params, model_state)
 
     def loss_of_batch(
         params: Any, model_state: Any, images: jax.Array, labels: jax.Array, label_smoothing: ArrayLike | None = None
@@ -117,6 +120,7 @@ _NETWORKS: dict[str, tuple[Any, dict[str, Any]]] = {
     "vit_s32": (VisionTransformer, {"patch_size": 32, "width": 384, "num_heads": 6}),
     "vit_b32": (VisionTransformer, {"patch_size": 32, "width": 768, "num_heads": 12}),
     "vit_ti4": (VisionTransformer, {"patch_size": 4, "width": 192, "num_heads": 3}),
+    "efficientnet_lite0": (EfficientNet, {"stage_sizes": (1, 2, 2, 3, 3, 4, 1)}),
     "convnet": (ConvNet, {}),
 }
 NAMES = tuple(_NETWORKS)

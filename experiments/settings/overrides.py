@@ -125,6 +125,8 @@ def from_settings(settings: Changes) -> Recipe:
 def _checked(key: str, value: Any, kind: Any) -> Any:
     """The value, if it is of the setting's type; numbers may be traced."""
     origin, options = typing.get_origin(kind) or kind, typing.get_args(kind)
+    if types.NoneType in options and typing.get_origin(options[0]) is typing.Literal:
+        return None if value is None else _checked(key, value, options[0])
     if origin is typing.Literal:
         if value not in options:
             raise unknown(f"value of {key}", str(value), options)

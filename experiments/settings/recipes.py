@@ -27,6 +27,10 @@ Decay = Annotated[ShareBelow1, TRACED]
 ModelOptions = dict[str, int | float | str | tuple[int, ...]]
 
 
+PRETRAINED = ("efficientnet_lite0",)
+"""The networks that there are pretrained weights for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Sam:
     """Settings of SAM and its one-sided relatives."""
@@ -156,6 +160,9 @@ class Recipe:
     image_size: Count = 224
     """Side of ImageNet's crops in pixels; images of a folder or of TFDS that are larger, or of several sizes, become
     squares of it."""
+    pretrained: Literal["imagenet"] | None = None
+    """Begin at weights that were trained on ImageNet, with a new head; images are then normalized as for these weights,
+    and smaller ones are scaled up to IMAGE_SIZE."""
     per_method: Annotated[dict[str, dict[str, Any]], tyro.conf.Suppress] = dataclasses.field(
         default_factory=dict, hash=False
     )
@@ -196,6 +203,9 @@ class Recipe:
             )
         if self.ema is not None and self.swa_start is not None:
             raise ValueError("--ema and --swa-start are two averages of the weights: give one of them.")
+        if self.pretrained is not None and (self.model not in PRETRAINED or self.model_options):
+            options = " with model options" if self.model_options else ""
+            raise ValueError(f"--pretrained is for {', '.join(PRETRAINED)} as it is, got {self.model}{options}.")
         for arm, settings in self.per_method.items():
             if not isinstance(settings, dict):
                 raise ValueError(f"per_method.{arm} must be settings by name, got {str(settings)[:100]!r}.")
@@ -338,6 +348,20 @@ REDUCED: dict[str, Recipe] = {
         examples_per_class=300,
         model_options={"width": 96, "depth": 4, "patch_size": 7},
         crsam=CrSam(0.1, 0.05, 0.01),
+    ),
+    "cifar10-finetune": Recipe(  # not tuned
+        "cifar10",
+        "efficientnet_lite0",
+        epochs=10,
+        batch_size=32,
+        learning_rate=0.01,
+        weight_decay=5e-4,
+        crsam=CrSam(0.1, 0.1, 0.01),
+        examples_per_class=100,
+        test_examples_per_class=200,
+        validation_fraction=0.1,
+        image_size=64,
+        pretrained="imagenet",
     ),
     "digits-convnet": Recipe(
         "digits",

@@ -14,7 +14,7 @@ from jax.typing import ArrayLike
 
 import crsam_jax
 from experiments.data.inputs import Batch, Signature
-from experiments.networks.augment import normalize
+from experiments.networks.augment import normalize, scaled
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error (Guo et al. 2017)."""
@@ -50,7 +50,8 @@ def make_judge(logits_of: Callable[[Any, Any, jax.Array], jax.Array], signature:
     everywhere = NamedSharding(mesh, P())
 
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        return logits_of(params, model_state, normalize(images, signature.mean, signature.std))
+        images = normalize(images, signature.mean, signature.std)
+        return logits_of(params, model_state, scaled(images, signature.image_shape))
 
     @partial(jax.jit, out_shardings=everywhere)
     def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Literal, NamedTuple, TypeAlias
 
+import jax
 import jax.numpy as jnp
 import optax
 
@@ -65,6 +66,14 @@ def _crsam(label: str, evaluations: float = 3, policy: Policy = _always, **chang
     return Method(label, "crsam", evaluations, ("crsam.rho", "crsam.alpha", "crsam.beta"), stage)
 
 
+def _of_normalization(params: Any) -> Any:
+    """Which parameters normalize: those that have it in their path, as in ``blocks/0/norm1/scale``."""
+    mask = jax.tree_util.tree_map_with_path(lambda path, _: "norm" in jax.tree_util.keystr(path), params)
+    if not any(jax.tree.leaves(mask)):
+        raise ValueError("sam-on perturbs normalization layers, and no parameter of this network has norm in its name.")
+    return mask
+
+
 METHODS: dict[str, Method] = {
     "base": Method("base", "base", 1, (), around=lambda f, r, base, schedule: base),
     "sam": _sam("SAM"),
@@ -94,6 +103,7 @@ METHODS: dict[str, Method] = {
     "look-sam": _sam("LookSAM, k = 5", policy=_look_5),
     "ae-sam": _sam("AE-SAM's policy", policy=cj.adaptive_policy),
     "sam-quarter": _sam("SAM, ascent on a quarter", 1.25, ascent_only=True)._replace(part=4),
+    "sam-on": _sam("SAM-ON, normalization alone", mask=_of_normalization),
     "sam-late": _sam("late SAM")._replace(is_late=True),
     "msam": Method(
         "MSAM",

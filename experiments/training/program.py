@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 import crsam_jax
 from experiments.data.inputs import Signature, select
-from experiments.networks.augment import augment
+from experiments.networks import pretrained
+from experiments.networks.augment import augment, scaled
 from experiments.networks.network import LossFn, Network, make_network
 from experiments.settings.recipes import NetworkSettings, Recipe
 from experiments.training.judge import Judge, make_judge
@@ -83,7 +84,8 @@ def make_program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
     if recipe.ema is not None and not 0 <= recipe.ema < 1:
         raise ValueError(f"ema must be in [0, 1), got {recipe.ema:g}.")
     numbers = {name: jnp.asarray(value, jnp.float32) for name, value in recipe.numbers.items()}
-    init = partial(program.init, numbers=numbers)
+    weights = None if recipe.pretrained is None else pretrained.load()
+    init = partial(program.init, numbers=numbers, weights=weights)
     return program._replace(init=init, schedule=learning_rate(recipe, signature.steps_per_epoch))
 
 
@@ -109,8 +111,8 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
         return crsam_jax.eval_params(opt_state, params) if method_of(recipe).is_shifted else params
 
     @partial(jax.jit, out_shardings=everywhere)
-    def init(seed: int, numbers: dict[str, jax.Array]) -> State:
-        params, model_state = network.init(seed)
+    def init(seed: int, numbers: dict[str, jax.Array], weights: pretrained.Weights | None) -> State:
+        params, model_state = network.init(seed, weights)  # an input, so that the program does not hold them
         rng = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
         zero, none = jnp.zeros(()), jnp.zeros((), jnp.int32)
         is_averaged = "ema" in numbers or recipe.swa_start is not None
@@ -123,6 +125,7 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
         key = jax.random.fold_in(jax.random.wrap_key_data(state.rng), state.step)
         images, labels = select(feed, state.step, mesh)
         images = augment(on_device, key, images, signature.mean, signature.std)
+        images = scaled(images, signature.image_shape)  # after it: its crops are of the data's pixels
         # The model's other state is that before the clean pass for all evaluations of a step.
         inputs = {"model_state": state.model_state, "images": images, "labels": labels}
         if "label_smoothing" in state.numbers:

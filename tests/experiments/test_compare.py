@@ -219,14 +219,14 @@ def test_the_number_of_seeds_finds_the_difference_four_times_in_five():
 
 
 def test_every_method_takes_a_step_and_counts_its_evaluations():
-    params = {"w": jax.numpy.ones((3, 2))}
-    loss_fn = lambda params, batch: (jax.numpy.sum(params["w"] ** 4), None)
+    params = {"norm": jax.numpy.ones((3, 2))}  # the name that sam-on perturbs
+    loss_fn = lambda params, batch: (jax.numpy.sum(params["norm"] ** 4), None)
     for name, method in METHODS.items():
         recipe = arms.resolve(TINY, name, {"late_start": 0.0}, 0)  # the first step is a full one
         tx = optimizers.optimizer(recipe, loss_fn, steps_per_epoch=2)
         grads = jax.grad(loss_fn, has_aux=True)(params, None)[0]
         updates, state = tx.update(grads, tx.init(params), params, batch=0.0)
-        assert bool(jax.numpy.all(jax.numpy.isfinite(optax.apply_updates(params, updates)["w"]))), name
+        assert bool(jax.numpy.all(jax.numpy.isfinite(optax.apply_updates(params, updates)["norm"]))), name
         assert optimizers.evaluations_per_step(recipe, state) == method.evaluations, name
 
 

@@ -204,7 +204,7 @@ def test_the_measured_loss_is_that_of_evaluation_mode(folder):
     total, correct, count, *_ = program.judge.evaluate(
         last.params, last.model_state, (jnp.asarray(images), jnp.asarray(labels)), None
     )
-    losses, batch = measures.losses_of(run.recipe, signature), measures.examples(dataset.train, 1000, dataset)
+    losses, batch = measures.losses_of(run.recipe, signature), measures.examples(dataset.train, 1000, signature)
     arguments = last.params, batch, last.model_state
     assert float(losses.mean(*arguments)) == pytest.approx(float(total / count), rel=1e-5)
     assert float(losses.accuracy(*arguments)) == pytest.approx(float(100 * correct / count), rel=1e-5)

@@ -47,6 +47,8 @@ def normalize(
 ) -> jax.Array:
     """(images/255 − mean)/std, channel by channel; computed in float32 at least, returned in ``dtype``.
 
+    Images of one channel get as many as mean and std have.
+
     Raises:
       TypeError: if the images are not uint8: they may be normalized already.
 
@@ -59,3 +61,15 @@ def normalize(
     wide = jnp.promote_types(dtype, jnp.float32)
     scale = 1 / (255 * jnp.asarray(std, wide))
     return ((images.astype(wide) - 255 * jnp.asarray(mean, wide)) * scale).astype(dtype)
+
+
+def scaled(images: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+    """Normalized images of a network's height and width, by bilinear interpolation if theirs differ.
+
+    Example:
+      >>> print(scaled(jnp.array([[[[0.0]], [[4.0]]]]), (4, 1, 1)).ravel())
+      [0. 1. 3. 4.]
+    """
+    if images.shape[1:3] == shape[:2]:
+        return images
+    return jax.image.resize(images, (len(images), *shape[:2], images.shape[-1]), "bilinear")
