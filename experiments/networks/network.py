@@ -1,4 +1,4 @@
-"""The networks of the paper, two small ones, and those of a user's file: by name, with their loss and logits."""
+"""Networks by name, with loss and logits: those of the paper, two small ones, and those that a user's file makes."""
 
 import inspect
 import math

