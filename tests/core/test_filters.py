@@ -11,6 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from crsam_jax import landscape
+from experiments.networks.efficientnet import DepthwiseConv
 from experiments.networks.network import NAMES, build
 from tests.experiments.test_models import REDUCED
 
@@ -230,6 +231,9 @@ def test_every_network_of_the_experiments(name):
                 expected[f"{at}['kernel'].value"] = layer.out_features
             case nnx.BatchNorm() | nnx.LayerNorm():
                 expected[f"{at}['scale'].value"] = None
+            case DepthwiseConv():  # of one input each, and without a bias
+                expected[f"{at}['kernel'].value"] = (layer.kernel.shape[-1],)
+                continue
             case _:
                 continue
         if layer.bias is not None:
