@@ -21,7 +21,7 @@ from experiments.data.dataset import Dataset, Split
 from experiments.data.inputs import in_memory
 from experiments.networks import pretrained, torch_file
 from experiments.networks.augment import normalize, scaled
-from experiments.networks.efficientnet import STAGES, DepthwiseConv
+from experiments.networks.efficientnet import STAGES, DepthwiseConv, PointwiseConv, depthwise
 from experiments.networks.layers import Layers
 from experiments.networks.network import build, make_network, parameter_count
 from experiments.settings import ranges, recipes
@@ -168,6 +168,44 @@ def test_the_depthwise_convolution_is_xlas(kernel, stride, height, width):
     )
     np.testing.assert_allclose(layer(x), expected, rtol=1e-5, atol=1e-5)
     assert DepthwiseConv(Layers(jnp.bfloat16, nnx.Rngs(0)), 6, kernel, stride)(x).dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "height", "width"), [(3, 1, 5, 4), (3, 2, 8, 7), (5, 2, 6, 9), (5, 2, 2, 1), (3, 2, 9, 5)]
+)
+def test_the_depthwise_gradients_and_products_with_the_hessian_are_xlas(kernel, stride, height, width):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True):
+        x, weights = (jnp.asarray(rng.normal(size=size)) for size in ((2, height, width, 6), (kernel, kernel, 1, 6)))
+        names = ("NHWC", "HWIO", "NHWC")
+
+        def xlas(x, weights):
+            return jax.lax.conv_general_dilated(
+                x, weights, (stride, stride), "SAME", dimension_numbers=names, feature_group_count=6
+            )
+
+        def ours(x, weights):
+            return depthwise(x, weights, stride)
+
+        cotangents = jnp.asarray(rng.normal(size=xlas(x, weights).shape))
+        found, expected = (
+            jax.jvp(
+                jax.grad(lambda x, w, conv=conv: jnp.sum(jnp.tanh(conv(x, w)) * cotangents), (0, 1)),
+                (x, weights),
+                (jnp.sin(x), jnp.cos(weights)),
+            )
+            for conv in (ours, xlas)
+        )
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-12), found, expected)
+
+
+def test_the_pointwise_convolution_is_flaxs():
+    ours = PointwiseConv(Layers(jnp.float32, nnx.Rngs(0)), 3, 5)
+    flaxs = Layers(jnp.float32, nnx.Rngs(0)).conv(3, 5, 1)
+    np.testing.assert_array_equal(ours.kernel[...], flaxs.kernel[...])
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(2, 4, 3, 3)), jnp.float32)
+    np.testing.assert_allclose(ours(x), flaxs(x), rtol=1e-5, atol=1e-6)
+    assert PointwiseConv(Layers(jnp.bfloat16, nnx.Rngs(0)), 3, 5)(x).dtype == jnp.bfloat16
 
 
 def test_a_file_of_torch_is_read_without_it(tmp_path, torch):
