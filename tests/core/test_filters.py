@@ -11,7 +11,7 @@ from flax import linen as nn
 from flax import nnx
 
 from crsam_jax import landscape
-from experiments.networks.efficientnet import DepthwiseConv
+from experiments.networks.efficientnet import DepthwiseConv, PointwiseConv
 from experiments.networks.network import NAMES, build
 from tests.experiments.test_models import REDUCED
 
@@ -231,7 +231,7 @@ def test_every_network_of_the_experiments(name):
                 expected[f"{at}['kernel'].value"] = layer.out_features
             case nnx.BatchNorm() | nnx.LayerNorm():
                 expected[f"{at}['scale'].value"] = None
-            case DepthwiseConv():  # of one input each, and without a bias
+            case DepthwiseConv() | PointwiseConv():  # without a bias
                 expected[f"{at}['kernel'].value"] = (layer.kernel.shape[-1],)
                 continue
             case _:
