@@ -43,6 +43,15 @@ Accuracies = Mapping[int, float]
 """Test accuracies in percent, by seed."""
 
 
+class Accuracy(NamedTuple):
+    """A row of accuracies.csv: a run's test accuracy in percent, of which stronger.csv is made."""
+
+    task: str
+    arm: str
+    seed: int
+    accuracy: float
+
+
 class Row(NamedTuple):
     """An arm of stronger.csv. Gains are in points, paired by seed, with Student's 95 % intervals, not adjusted."""
 
@@ -80,12 +89,14 @@ def stronger(
         seeds: Fresh runs of each arm.
     """
     check_names("task", names, TASKS)
-    rows: list[Row] = []
+    runs, rows = list[Accuracy](), list[Row]()
     for name in names:
         found = _accuracies_of(
             name, TASKS[name], out / name, Tune(METHODS, trials, trial_seeds, processes=processes), seeds
         )
+        runs += (Accuracy(name, arm, seed, one) for arm, seeds_of in found.items() for seed, one in seeds_of.items())
         rows += compared(name, found)
+        tables.write(out / "accuracies.csv", runs)
         write_rows(rows, out)
     tables.show((out / "stronger.md").read_text())
 

@@ -25,6 +25,10 @@ def test_a_miniature_of_the_strong_base(tmp_path, monkeypatch):
     kinds = [f"strong {m}{a}" for a in (*stronger.AVERAGES, ",stopped") for m in stronger.METHODS]
     assert [row["arm"] for row in rows] == ["plain base", "plain sam", *kinds]
     assert {row["seeds"] for row in rows} == {"2"}
+    accuracies = {}
+    for row in tables.read(tmp_path / "accuracies.csv", stronger.Accuracy):
+        accuracies.setdefault(row.arm, {})[row.seed] = row.accuracy
+    assert stronger.compared("digits", accuracies) == tables.read(tmp_path / "stronger.csv", stronger.Row)
     trials = read(tmp_path / "digits" / "tune-strong" / "trials.csv")
     assert len({row["weight_decay"] for row in trials}) == len({row["label_smoothing"] for row in trials}) == 4
     averaged = [row for row in read(tmp_path / "digits" / "strong" / "runs.csv") if "=" in row["arm"]]

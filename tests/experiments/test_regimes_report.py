@@ -1,0 +1,73 @@
+"""The tables of docs/regimes.md, recomputed from the published runs."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
+pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
+
+from experiments.studies import radius, regimes, stronger
+from experiments.studies.jobs import Result
+from experiments.studies.summary import accuracies, paired, with_interval
+from experiments.system import tables
+
+ROOT = Path(__file__).parents[2]
+PUBLISHED = ROOT / "results" / "published"
+
+
+def check_equal(found, expected):
+    """Of rows; another scipy may give other last digits."""
+    assert len(found) == len(expected)
+    for row, other in zip(found, expected, strict=True):
+        assert list(row) == pytest.approx(list(other))
+
+
+@pytest.fixture(scope="module")
+def page():
+    return (ROOT / "docs" / "regimes.md").read_text()
+
+
+def test_penalty_or_radius(page):
+    folder = PUBLISHED / "radius" / "digits"
+    found = radius.contrasts("digits", folder, 5)
+    check_equal(tables.read(PUBLISHED / "radius" / "contrasts.csv", radius.Contrast), found)
+    primary, penalty = (with_interval(row.mean, row.low, row.high) for row in found)
+    assert f"**{primary}**, p = {found[0].p:.2f} | {penalty} |" in page
+    for search in range(5):
+        runs = tables.read(folder / f"search{search}" / "compare" / "runs.csv", Result)
+        sam, crsam, alone = (accuracies(runs, arm) for arm in ("sam", "crsam", radius.NO_PENALTY))
+        one, two = (with_interval(*paired(crsam, other, 2)[:3]) for other in (sam, alone))
+        assert f"| {np.mean([*sam.values()]):.1f} | {one} | {two} |" in page
+        assert {len(sam), len(crsam), len(alone)} == {20}
+
+
+def test_the_map(page):
+    for path in sorted(PUBLISHED.glob("regimes/*/map.csv")):
+        task = path.parent.name
+        expected = []
+        for noise, examples, _ in regimes.cells(regimes.TASKS[task]):
+            runs = path.parent / f"noise{noise:g}-images{examples}" / "compare" / "runs.csv"
+            if runs.exists():
+                expected += regimes.gains(task, noise, examples, tables.read(runs, Result))
+        check_equal(tables.read(path, regimes.Cell), expected)
+        for line in (path.parent / "map.md").read_text().splitlines()[2:]:
+            assert line in page
+
+
+def test_the_strong_base(page):
+    for path in sorted(PUBLISHED.glob("stronger*/accuracies.csv")):
+        found = {}
+        for row in tables.read(path, stronger.Accuracy):
+            found.setdefault(row.task, {}).setdefault(row.arm, {})[row.seed] = row.accuracy
+        rows = [row for task, arms in found.items() for row in stronger.compared(task, arms)]
+        check_equal(tables.read(path.with_name("stronger.csv"), stronger.Row), rows)
+        for row in rows:
+            assert f"{row.accuracy:.1f} ± {row.deviation:.1f}" in page
+            if row.arm != "plain base":
+                assert with_interval(row.over_plain, row.over_plain_low, row.over_plain_high) in page
+        for kind in ("plain", "strong"):
+            for row in tables.read(path.parent / rows[0].task / kind / "runs.csv", Result):
+                arm = f"{kind} {row.arm}"
+                assert found[rows[0].task][arm][row.seed] == row.test_accuracy
