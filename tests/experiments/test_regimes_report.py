@@ -12,6 +12,7 @@ from experiments.studies import radius, regimes, stronger
 from experiments.studies.jobs import Result
 from experiments.studies.summary import accuracies, paired, with_interval
 from experiments.system import tables
+from experiments.system.tables import mean_and_deviation
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
@@ -71,3 +72,42 @@ def test_the_strong_base(page):
             for row in tables.read(path.parent / rows[0].task / kind / "runs.csv", Result):
                 arm = f"{kind} {row.arm}"
                 assert found[rows[0].task][arm][row.seed] == row.test_accuracy
+
+
+def fine_tuned(folder):
+    """The lines of a task's table, from the runs of its comparison."""
+    runs = tables.read(folder / "compare" / "runs.csv", Result)
+    names = list(dict.fromkeys(row.arm for row in runs))
+    found = {arm: accuracies(runs, arm) for arm in names}
+    assert {len(values) for values in found.values()} == {10}
+    for arm in names:
+        rows = [row for row in runs if row.arm == arm]
+        mean, deviation = mean_and_deviation([*found[arm].values()])
+        against = [
+            "–" if arm == other else with_interval(*paired(found[arm], found[other], len(LABELS) - 1)[:3])
+            for other in ("base", "sam")
+        ]
+        training, loss, calibration = (
+            np.mean([getattr(row, name) for row in rows])
+            for name in ("train_accuracy", "test_loss", "calibration_error")
+        )
+        numbers = f"{training:.1f} | {loss:.2f} | {calibration:.2f}"
+        yield f"| {LABELS[arm]} | {mean:.1f} ± {deviation:.1f} | {' | '.join(against)} | {numbers} |"
+
+
+LABELS = {
+    "base": "SGD",
+    "base,ema=0.99": "SGD, EMA",
+    "base,swa_start=0.75": "SGD, SWA",
+    "msam": "MSAM",
+    "sam": "SAM",
+    "sam-late": "late SAM",
+    "crsam": "CR-SAM",
+    "sam-on": "SAM on normalization layers",
+}
+
+
+def test_fine_tuning(page):
+    for path in sorted(PUBLISHED.glob("finetune/*/")):
+        for line in fine_tuned(path):
+            assert line in page
