@@ -227,7 +227,7 @@ def trials(found: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str
         note = (
             "A point per trial on the held-out data; bars: ± one standard deviation over its seeds; orange: the best."
         )
-        figure.suptitle(note, x=0.01, ha="left", fontsize=8)
+        figure.suptitle(note, x=0.01, ha="left", fontsize=8, wrap=True)  # one panel is narrower than the note
 
 
 def _with_looks(things: Iterable[Any]) -> Iterator[tuple[Any, tuple[str, str, str]]]:

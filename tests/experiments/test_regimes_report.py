@@ -8,7 +8,8 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.studies import radius, regimes, stronger
+from experiments.settings import recipes
+from experiments.studies import arms, radius, regimes, stronger
 from experiments.studies.jobs import Result
 from experiments.studies.summary import accuracies, paired, with_interval
 from experiments.system import tables
@@ -16,6 +17,13 @@ from experiments.system.tables import mean_and_deviation
 
 ROOT = Path(__file__).parents[2]
 PUBLISHED = ROOT / "results" / "published"
+
+
+def published(pattern):
+    """Paths of that pattern, of which there must be one."""
+    paths = sorted(PUBLISHED.glob(pattern))
+    assert paths
+    return paths
 
 
 def check_equal(found, expected):
@@ -45,7 +53,7 @@ def test_penalty_or_radius(page):
 
 
 def test_the_map(page):
-    for path in sorted(PUBLISHED.glob("regimes/*/map.csv")):
+    for path in published("regimes/*/map.csv"):
         task = path.parent.name
         expected = []
         for noise, examples, _ in regimes.cells(regimes.TASKS[task]):
@@ -58,11 +66,11 @@ def test_the_map(page):
 
 
 def test_the_strong_base(page):
-    for path in sorted(PUBLISHED.glob("stronger*/accuracies.csv")):
+    for path in published("stronger*/accuracies.csv"):
         found = {}
         for row in tables.read(path, stronger.Accuracy):
             found.setdefault(row.task, {}).setdefault(row.arm, {})[row.seed] = row.accuracy
-        rows = [row for task, arms in found.items() for row in stronger.compared(task, arms)]
+        rows = [row for task, by_arm in found.items() for row in stronger.compared(task, by_arm)]
         check_equal(tables.read(path.with_name("stronger.csv"), stronger.Row), rows)
         for row in rows:
             assert f"{row.accuracy:.1f} ± {row.deviation:.1f}" in page
@@ -77,14 +85,14 @@ def test_the_strong_base(page):
 def fine_tuned(folder):
     """The lines of a task's table, from the runs of its comparison."""
     runs = tables.read(folder / "compare" / "runs.csv", Result)
-    names = list(dict.fromkeys(row.arm for row in runs))
+    recipe, names = recipes.get("cifar10-finetune"), list(dict.fromkeys(row.arm for row in runs))
     found = {arm: accuracies(runs, arm) for arm in names}
     assert {len(values) for values in found.values()} == {10}
     for arm in names:
         rows = [row for row in runs if row.arm == arm]
         mean, deviation = mean_and_deviation([*found[arm].values()])
         against = [
-            "–" if arm == other else with_interval(*paired(found[arm], found[other], len(LABELS) - 1)[:3])
+            "–" if arm == other else with_interval(*paired(found[arm], found[other], DIFFERENCES)[:3])
             for other in ("base", "sam")
         ]
         training, loss, calibration = (
@@ -92,22 +100,14 @@ def fine_tuned(folder):
             for name in ("train_accuracy", "test_loss", "calibration_error")
         )
         numbers = f"{training:.1f} | {loss:.2f} | {calibration:.2f}"
-        yield f"| {LABELS[arm]} | {mean:.1f} ± {deviation:.1f} | {' | '.join(against)} | {numbers} |"
+        yield f"| {arms.label(recipe, arm)} | {mean:.1f} ± {deviation:.1f} | {' | '.join(against)} | {numbers} |"
 
 
-LABELS = {
-    "base": "SGD",
-    "base,ema=0.99": "SGD, EMA",
-    "base,swa_start=0.75": "SGD, SWA",
-    "msam": "MSAM",
-    "sam": "SAM",
-    "sam-late": "late SAM",
-    "crsam": "CR-SAM",
-    "sam-on": "SAM on normalization layers",
-}
+DIFFERENCES = 7
+"""To one reference, of the protocol's arms; some of them are not run yet."""
 
 
 def test_fine_tuning(page):
-    for path in sorted(PUBLISHED.glob("finetune/*/")):
+    for path in published("finetune/*/"):
         for line in fine_tuned(path):
             assert line in page

@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("orbax.checkpoint", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.studies import study
+from experiments.studies import study, summary
 from experiments.studies.jobs import Result
 from experiments.studies.summary import paired, seeds_needed
 from experiments.system import tables
@@ -44,7 +44,7 @@ def signed(value):
 
 
 def with_interval(difference):
-    return f"{signed(difference.mean)} ({signed(difference.low)} to {signed(difference.high)})"
+    return summary.with_interval(*difference[:3], digits=1)
 
 
 def test_no_task_is_fitted():
