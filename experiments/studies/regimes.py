@@ -120,8 +120,8 @@ def regimes(
 
 
 def cells(task: Task) -> Iterator[tuple[float, int, Recipe]]:
-    """Noise, images of each class, and the recipe of each cell."""
-    for noise, examples in itertools.product(NOISE, task.examples):
+    """Noise, images of each class, and the recipe of each cell; the cells with the most images come last."""
+    for examples, noise in itertools.product(task.examples, NOISE):
         epochs = task.steps // (10 * examples // task.recipe.batch_size)
         yield (
             noise,
@@ -159,6 +159,7 @@ def gains(task: str, noise: float, examples: int, runs: Sequence[Result]) -> lis
 def write_map(found: Sequence[Cell], folder: Path) -> None:
     """Writes map.csv, map.md and map.png: a heat map for each method."""
     folder.mkdir(parents=True, exist_ok=True)
+    found = sorted(found, key=lambda row: (row.noise, row.examples))
     tables.write(folder / "map.csv", found)
     methods = list(dict.fromkeys(row.method for row in found))
     labels = {method: arms.label(_DIGITS, method) for method in (METHODS[0], *methods)}
