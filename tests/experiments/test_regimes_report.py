@@ -76,6 +76,8 @@ def test_the_strong_base(page):
             assert f"{row.accuracy:.1f} ± {row.deviation:.1f}" in page
             if row.arm != "plain base":
                 assert with_interval(row.over_plain, row.over_plain_low, row.over_plain_high) in page
+            if " sam" in row.arm:
+                assert with_interval(row.over_strong, row.over_strong_low, row.over_strong_high) in page
         for kind in ("plain", "strong"):
             for row in tables.read(path.parent / rows[0].task / kind / "runs.csv", Result):
                 arm = f"{kind} {row.arm}"
