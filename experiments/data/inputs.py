@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
       signature: shapes and moments.
       feed: from a step's number to what the jitted step gets; see :func:`select`.
       evaluation: makes an iterator over the evaluation batches.
-      examples: the first so many training examples, or None where there is no such thing.
+      examples: at most so many training examples, from the whole split, or None where there is no such thing.
       position: what to save so that ``restore`` makes the next ``feed`` the right one; JSON.
       restore: sets a position.
     """
@@ -151,11 +151,12 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
             order[epoch] = _shuffled(recipe.seed, epoch, examples, (steps, recipe.batch_size), mesh)
         return images, labels, order[epoch]
 
-    def first(count: int) -> Batch:
-        images, labels = (_everywhere(array[:count], mesh) for array in dataset.train)
+    def some(count: int) -> Batch:
+        spread = np.linspace(0, examples, min(count, examples), endpoint=False, dtype=int)  # classes may be in order
+        images, labels = (_everywhere(array[spread], mesh) for array in dataset.train)
         return images, labels
 
-    return Inputs(signature, feed, partial(split_batches, dataset.test, mesh), first, dict, lambda position: None)
+    return Inputs(signature, feed, partial(split_batches, dataset.test, mesh), some, dict, lambda position: None)
 
 
 def select(feed: Any, step: jax.Array, mesh: Mesh) -> Batch:

@@ -35,11 +35,13 @@ class Network(NamedTuple):
       init: from a seed, and pretrained weights for all but the head or None, to params and model state.
       loss_fn: in training mode.
       logits: in evaluation mode, with stored statistics, ``(params, model_state, images) -> logits``.
+      remeasured: the model state with BatchNorm's statistics of these images alone, ``(params, model_state, images)``.
     """
 
     init: Callable[[int | jax.Array, Weights | None], tuple[Any, Any]]
     loss_fn: LossFn
     logits: Callable[[Any, Any, jax.Array], jax.Array]
+    remeasured: Callable[[Any, Any, jax.Array], Any]
 
 
 def make_network(settings: NetworkSettings, signature: Signature, groups: int = 1) -> Network:
@@ -86,6 +88,13 @@ def make_network(settings: NetworkSettings, signature: Signature, groups: int = 
         model.eval()
         return model(images)
 
+    def remeasured(params: Any, model_state: Any, images: jax.Array) -> Any:
+        model = nnx.merge(graphdef, params, model_state, copy=True)
+        model.train()
+        model.set_attributes(nnx.BatchNorm, momentum=0.0, raise_if_not_found=False)
+        model(images)
+        return nnx.state(model, nnx.Not(nnx.Param))
+
     loss_fn: LossFn = loss_of_batch
     if groups > 1:
         loss_fn = _mean_over(loss_fn, lambda x: x.reshape(groups, -1, *x.shape[1:]), jax.vmap)
@@ -94,7 +103,7 @@ def make_network(settings: NetworkSettings, signature: Signature, groups: int = 
         # activations are computed again in the backward pass.
         split = lambda x: x.reshape(-1, settings.accumulate, *x.shape[1:]).swapaxes(0, 1)
         loss_fn = _mean_over(loss_fn, split, lambda loss: partial(jax.lax.map, jax.checkpoint(loss)))
-    return Network(init, loss_fn, logits)
+    return Network(init, loss_fn, logits, remeasured)
 
 
 def _mean_over(loss_fn: LossFn, split: Callable[[jax.Array], jax.Array], mapped: Callable[..., Any]) -> LossFn:

@@ -7,7 +7,7 @@ import numpy as np
 from experiments.settings.configs import Run
 from experiments.system import files
 from experiments.training.checkpoints import by_path
-from experiments.training.program import averaged
+from experiments.training.program import averaged_network
 from experiments.training.restore import restore
 
 
@@ -26,7 +26,10 @@ def export(folder: Path, out: Path | None = None, step: int | None = None, avera
         raise ImportError("Export needs safetensors: pip install safetensors.") from error
     restored = restore(folder, step, Run(devices=1))
     state, out = restored.state, out or folder / "params.safetensors"
-    params, model_state = averaged(state) if average else (state.params, state.model_state)
+    if average:
+        params, model_state = averaged_network(state, restored.program, restored.inputs)
+    else:
+        params, model_state = state.params, state.model_state
     leaves = by_path(params) | by_path(model_state)
     arrays = {path.removesuffix("/value"): np.asarray(leaf) for path, leaf in leaves.items()}  # without nnx's box
     recipe = restored.recipe

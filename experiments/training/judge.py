@@ -15,6 +15,7 @@ from jax.typing import ArrayLike
 import crsam_jax
 from experiments.data.inputs import Batch, Signature
 from experiments.networks.augment import normalize, scaled
+from experiments.networks.network import Network
 
 BINS = 15
 """Of confidence, equally wide, for the calibration error (Guo et al. 2017)."""
@@ -38,20 +39,24 @@ class Judge(NamedTuple):
         over the examples: loss, right answers, examples; then confidence, right answers and examples in each bin.
       probe: jitted; from params, model state and a batch to the norm of the gradient and the curvature vᵀHv along it.
       loss: the mean loss of a batch, ``(params, model_state, batch) -> loss``.
+      remeasured: jitted; from params, model state and a batch to the model state with the batch's statistics.
     """
 
     evaluate: Callable[[Any, Any, Batch, ArrayLike | None], jax.Array]
     probe: Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]
     loss: Callable[[Any, Any, Batch], jax.Array]
+    remeasured: Callable[[Any, Any, Batch], Any]
 
 
-def make_judge(logits_of: Callable[[Any, Any, jax.Array], jax.Array], signature: Signature, mesh: Mesh) -> Judge:
-    """Builds the functions that judge a network, ``(params, model_state, images) -> logits`` in evaluation mode."""
+def make_judge(network: Network, signature: Signature, mesh: Mesh) -> Judge:
+    """Builds the functions that judge a network."""
     everywhere = NamedSharding(mesh, P())
 
+    def prepared(images: jax.Array) -> jax.Array:
+        return scaled(normalize(images, signature.mean, signature.std), signature.image_shape)
+
     def logits(params: Any, model_state: Any, images: jax.Array) -> jax.Array:
-        images = normalize(images, signature.mean, signature.std)
-        return logits_of(params, model_state, scaled(images, signature.image_shape))
+        return network.logits(params, model_state, prepared(images))
 
     @partial(jax.jit, out_shardings=everywhere)
     def evaluate(params: Any, model_state: Any, batch: Batch, classes: ArrayLike | None) -> jax.Array:
@@ -68,7 +73,11 @@ def make_judge(logits_of: Callable[[Any, Any, jax.Array], jax.Array], signature:
         _, seen = measure(params, model_state=model_state, batch=batch)
         return seen.grad_norm, seen.curvature
 
-    return Judge(evaluate, probe, loss)
+    @partial(jax.jit, out_shardings=everywhere)
+    def remeasured(params: Any, model_state: Any, batch: Batch) -> Any:
+        return network.remeasured(params, model_state, prepared(batch[0]))
+
+    return Judge(evaluate, probe, loss, remeasured)
 
 
 def evaluate(

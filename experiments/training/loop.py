@@ -21,7 +21,7 @@ from experiments.training.checkpoints import Checkpoints
 from experiments.training.judge import evaluate
 from experiments.training.logs import EpochRow, Log, diagnostics
 from experiments.training.optimizers import evaluations_per_step
-from experiments.training.program import Program, State, averaged
+from experiments.training.program import Program, State, averaged_network
 
 
 class Training(NamedTuple):
@@ -110,7 +110,7 @@ def _epoch_row(training: Training, state: State, clock: Clock) -> EpochRow:
         calibration_error=test.calibration_error,
     )
     if state.average is not None:
-        weights = averaged(state)
+        weights = averaged_network(state, program, inputs)
         average = evaluate(program.judge, *weights, inputs.evaluation())
         row = row._replace(**{f"average_{name}": value for name, value in average._asdict().items()})
     examples = inputs.examples(run.probe_examples) if run.probe_examples else None

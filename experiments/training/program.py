@@ -12,13 +12,16 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import crsam_jax
-from experiments.data.inputs import Signature, select
+from experiments.data.inputs import Inputs, Signature, select
 from experiments.networks import pretrained
 from experiments.networks.augment import augment, scaled
 from experiments.networks.network import LossFn, Network, make_network
 from experiments.settings.recipes import NetworkSettings, Recipe
 from experiments.training.judge import Judge, make_judge
 from experiments.training.optimizers import learning_rate, method_of, optimizer
+
+STATISTICS_EXAMPLES = 1000
+"""Training images on which BatchNorm's statistics of averaged weights are measured, at most."""
 
 
 class State(NamedTuple):
@@ -163,7 +166,7 @@ def _program(recipe: Recipe, signature: Signature, mesh: Mesh) -> Program:
 def _judged_network(settings: NetworkSettings, signature: Signature, mesh: Mesh) -> tuple[Network, Judge]:
     """A network and what judges it, compiled once for all methods."""
     network = make_network(settings, signature, groups=mesh.size if settings.batch_norm == "device" else 1)
-    return network, make_judge(network.logits, signature, mesh)
+    return network, make_judge(network, signature, mesh)
 
 
 def averaged(state: State) -> tuple[Any, Any]:
@@ -174,3 +177,13 @@ def averaged(state: State) -> tuple[Any, Any]:
     if "ema" in state.numbers:
         mean = optax.tree.bias_correction(mean, state.numbers["ema"], state.average.count)
     return jax.tree.map(lambda mean, like: mean.astype(like.dtype), mean, (state.params, state.model_state))
+
+
+def averaged_network(state: State, program: Program, inputs: Inputs) -> tuple[Any, Any]:
+    """The average of params, with BatchNorm's statistics measured anew: those of other weights do not suit it.
+
+    Where there are no examples to measure them on, for ImageNet, they are the average of the steps' statistics.
+    """
+    params, model_state = averaged(state)
+    examples = inputs.examples(STATISTICS_EXAMPLES)
+    return params, model_state if examples is None else program.judge.remeasured(params, model_state, examples)

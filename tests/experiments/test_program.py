@@ -11,7 +11,8 @@ import pytest
 pytest.importorskip("flax", reason="the experiments need pip install crsam_jax[experiments]")
 pytest.importorskip("sklearn", reason="the experiments need pip install crsam_jax[experiments]")
 
-from experiments.data.inputs import open_inputs
+from experiments.data.dataset import Split
+from experiments.data.inputs import in_memory, load, open_inputs
 from experiments.networks.augment import normalize
 from experiments.settings import ranges, recipes
 from experiments.settings.configs import Run
@@ -20,7 +21,7 @@ from experiments.settings.recipes import Recipe
 from experiments.studies import arms
 from experiments.training import devices, judge
 from experiments.training.judge import evaluate
-from experiments.training.program import averaged, make_program
+from experiments.training.program import STATISTICS_EXAMPLES, averaged, averaged_network, make_program
 
 pytestmark = pytest.mark.usefixtures("compiled")
 
@@ -104,6 +105,44 @@ def test_swa_is_the_mean_of_the_last_steps():
         ranges.check(dataclasses.replace(recipe, ema=0.9))
 
 
+@pytest.mark.parametrize("model", ["convnet", "resnet8", "vit_ti4"])
+def test_statistics_measured_anew_are_those_of_the_batch(model):
+    """With them the network does in evaluation mode what it does in training mode; the ViT has none."""
+    options = {"width": 4} if model != "vit_ti4" else {"width": 12, "depth": 1}
+    inputs, made = opened(dataclasses.replace(RECIPE, method="base", model=model, model_options=options))
+    state, (images, labels) = made.init(0), inputs.examples(60)
+    normalized = normalize(images, inputs.signature.mean, inputs.signature.std)
+    in_training, _ = made.loss_fn(state.params, state.model_state, normalized, labels)
+    anew = made.judge.remeasured(state.params, state.model_state, (images, labels))
+    found = made.judge.loss(state.params, anew, (images, labels))
+    np.testing.assert_allclose(found, in_training, rtol=1e-5)
+    if model != "vit_ti4":
+        assert abs(made.judge.loss(state.params, state.model_state, (images, labels)) / in_training - 1) > 1e-3
+
+
+def test_averaged_weights_have_statistics_of_their_own():
+    recipe = dataclasses.replace(RECIPE, ema=0.8)
+    inputs, made = opened(recipe)
+    last = jax.tree.map(jnp.asarray, states(recipe)[-1])
+    params, model_state = averaged_network(last, made, inputs)
+    mean, mean_state = averaged(last)
+    jax.tree.map(np.testing.assert_array_equal, params, mean)
+    examples = inputs.examples(STATISTICS_EXAMPLES)
+    jax.tree.map(np.testing.assert_array_equal, model_state, made.judge.remeasured(mean, mean_state, examples))
+    assert not any(jax.tree.leaves(jax.tree.map(np.array_equal, model_state, mean_state)))
+    without = inputs._replace(examples=lambda count: None)
+    jax.tree.map(np.testing.assert_array_equal, averaged_network(last, made, without)[1], mean_state)
+
+
+def test_examples_come_from_all_classes_though_the_split_is_sorted():
+    dataset = load(RECIPE)
+    order = np.argsort(dataset.train.labels, kind="stable")
+    ordered = dataset._replace(train=Split(*(array[order] for array in dataset.train)))
+    _, labels = in_memory(RECIPE, ordered, devices.start(Run(devices=1))).examples(30)
+    assert len(labels) == 30
+    assert set(labels.tolist()) == set(range(10))
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_label_smoothing_spreads_a_share_of_each_label_over_all_classes(accumulate):
     """In the loss of every point; its number is an input of the compiled step."""
@@ -133,7 +172,7 @@ def test_the_calibration_error_is_that_of_the_bins():
         inside = (low <= confidence) & (confidence < low + 1 / 15)
         if inside.any():
             error += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
-    made = judge.Judge(lambda p, s, batch, classes: judge._sums(*batch), probe=None, loss=None)
+    made = judge.Judge(lambda p, s, batch, classes: judge._sums(*batch), probe=None, loss=None, remeasured=None)
     batches = [(jnp.asarray(logits[i : i + 100]), jnp.asarray(labels[i : i + 100])) for i in (0, 100)]
     found = evaluate(made, None, None, iter(batches))
     losses = -np.log(shares[np.arange(150), labels[:150]])
