@@ -84,6 +84,20 @@ def test_the_strong_base(page):
                 assert found[rows[0].task][arm][row.seed] == row.test_accuracy
 
 
+def test_averages_with_averaged_statistics_and_with_their_own(page):
+    names = {"ema=0.99": ", EMA", "swa_start=0.75": ", SWA"}
+    for path in published("*/*/*/averaged-statistics.csv"):
+        before, after = (tables.read(file, Result) for file in (path, path.with_name("runs.csv")))
+        for arm in dict.fromkeys(row.arm for row in before):
+            ours, theirs = ([row for row in rows if row.arm == arm] for rows in (before, after))
+            assert [row.raw_accuracy for row in ours] == [row.raw_accuracy for row in theirs]  # the same last weights
+            method, _, average = arm.partition(",")
+            cells = (mean_and_deviation([*accuracies(rows, arm).values()]) for rows in (before, after))
+            numbers = " | ".join(f"{mean:.1f} ± {deviation:.1f}" for mean, deviation in cells)
+            label = {"base": "SGD", "sam": "SAM"}[method] + names[average]
+            assert f"| {path.parents[1].name} | {label} | {numbers} |" in page
+
+
 def fine_tuned(folder):
     """The lines of a task's table, from the runs of its comparison."""
     runs = tables.read(folder / "compare" / "runs.csv", Result)
