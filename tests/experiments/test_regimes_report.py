@@ -39,17 +39,22 @@ def page():
 
 
 def test_penalty_or_radius(page):
-    folder = PUBLISHED / "radius" / "digits"
-    found = radius.contrasts("digits", folder, 5)
-    check_equal(tables.read(PUBLISHED / "radius" / "contrasts.csv", radius.Contrast), found)
-    primary, penalty = (with_interval(row.mean, row.low, row.high) for row in found)
-    assert f"**{primary}**, p = {found[0].p:.2f} | {penalty} |" in page
-    for search in range(5):
-        runs = tables.read(folder / f"search{search}" / "compare" / "runs.csv", Result)
-        sam, crsam, alone = (accuracies(runs, arm) for arm in ("sam", "crsam", radius.NO_PENALTY))
-        one, two = (with_interval(*paired(crsam, other, 2)[:3]) for other in (sam, alone))
-        assert f"| {np.mean([*sam.values()]):.1f} | {one} | {two} |" in page
-        assert {len(sam), len(crsam), len(alone)} == {20}
+    searches, expected = {"digits": 5, "fashion-noise": 3}, []
+    for task, count in searches.items():
+        folder = PUBLISHED / "radius" / task
+        assert len(list(folder.glob("search*"))) == count
+        expected += radius.contrasts(task, folder, count)
+        for search in range(count):
+            runs = tables.read(folder / f"search{search}" / "compare" / "runs.csv", Result)
+            sam, crsam, alone = (accuracies(runs, arm) for arm in ("sam", "crsam", radius.NO_PENALTY))
+            one, two = (with_interval(*paired(crsam, other, 2)[:3]) for other in (sam, alone))
+            assert f"| {np.mean([*sam.values()]):.1f} | {one} | {two} |" in page
+            assert {len(sam), len(crsam), len(alone)} == {20}
+    check_equal(tables.read(PUBLISHED / "radius" / "contrasts.csv", radius.Contrast), expected)
+    primary, penalty = expected[::2], expected[1::2]
+    for one, two, p in zip(primary, penalty, radius.holm([row.p for row in primary]), strict=True):
+        first, second = (with_interval(row.mean, row.low, row.high) for row in (one, two))
+        assert f"**{first}**, p = {p:.2f} | {second} |" in page
 
 
 def test_the_map(page):
