@@ -89,7 +89,7 @@ class Checkpoints:
         have another one.
         """
         damaged: dict[int, str] = {}
-        foreign = {step for step in self.steps if altered(self.run, step)[:1] == [self.run / CONFIG]}
+        foreign = {step for step in self.steps if not _same(self.run / CONFIG, self.path(step) / CONFIG, _settings)}
         foreign = foreign if is_config_right and len(foreign) < len(self.steps) else set()
         for step in reversed(self.steps):
             fault = self._fault(step)

@@ -168,6 +168,15 @@ def broken_by(folder, choice):
     return kinds
 
 
+@pytest.mark.parametrize("name", ["config.json", "metrics.csv", "SHA256SUMS", "arrays/manifest.ocdbt"])
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_whatever_of_a_checkpoint_is_no_file_the_one_before_is_taken(name, make, run):
+    path = run / "checkpoints" / "30" / name
+    path.unlink()
+    make(path)
+    assert assert_right_or_told(run, [name]) == "right"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_kind_alone(kind, run):
     KINDS[kind](run, random.Random(0))
