@@ -53,7 +53,7 @@ class Inputs(NamedTuple):
       signature: shapes and moments.
       feed: from a step's number to what the jitted step gets; see :func:`select`.
       evaluation: makes an iterator over the evaluation batches.
-      examples: at most so many training examples, from the whole split, or None where there is no such thing.
+      examples: from a count to at most that many training examples, spread over the split; to None if it is streamed.
       position: what to save so that ``restore`` makes the next ``feed`` the right one; JSON.
       restore: sets a position.
     """
@@ -152,7 +152,7 @@ def in_memory(recipe: Recipe, dataset: Dataset, mesh: Mesh) -> Inputs:
         return images, labels, order[epoch]
 
     def some(count: int) -> Batch:
-        spread = np.linspace(0, examples, min(count, examples), endpoint=False, dtype=int)  # classes may be in order
+        spread = np.linspace(0, examples, min(count, examples), endpoint=False, dtype=int)  # it may be sorted by class
         images, labels = (_everywhere(array[spread], mesh) for array in dataset.train)
         return images, labels
 

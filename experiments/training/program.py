@@ -180,9 +180,9 @@ def averaged(state: State) -> tuple[Any, Any]:
 
 
 def averaged_network(state: State, program: Program, inputs: Inputs) -> tuple[Any, Any]:
-    """The average of params, with BatchNorm's statistics measured anew: those of other weights do not suit it.
+    """The averaged params, and a model state with BatchNorm's statistics measured for them on training examples.
 
-    Where there are no examples to measure them on, for ImageNet, they are the average of the steps' statistics.
+    Streamed data (ImageNet) has no such examples. Then the model state is averaged too.
     """
     params, model_state = averaged(state)
     examples = inputs.examples(STATISTICS_EXAMPLES)

@@ -170,7 +170,7 @@ def broken_by(folder, choice):
 
 @pytest.mark.parametrize("name", ["config.json", "metrics.csv", "SHA256SUMS", "arrays/manifest.ocdbt"])
 @pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
-def test_whatever_of_a_checkpoint_is_no_file_the_one_before_is_taken(name, make, run):
+def test_a_checkpoint_with_a_folder_or_a_pipe_for_a_file_is_not_taken(name, make, run):
     path = run / "checkpoints" / "30" / name
     path.unlink()
     make(path)
