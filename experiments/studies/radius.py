@@ -157,12 +157,15 @@ def contrast(task: str, arm: str, against: str, found: Sequence[Sequence[Result]
 
 
 def holm(values: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979), in their order.
+    """p-values adjusted for their number (Holm 1979), in their order; one that is not known yet, NaN, counts as 1.
 
     Example:
       >>> holm([0.04, 0.01, 0.03])
       [0.06, 0.03, 0.06]
+      >>> holm([math.nan, 0.01])
+      [1.0, 0.02]
     """
+    values = [1.0 if math.isnan(value) else value for value in values]
     order = sorted(range(len(values)), key=lambda index: values[index])
     adjusted, highest = [0.0] * len(values), 0.0
     for place, index in enumerate(order):
@@ -179,7 +182,7 @@ def write_contrasts(rows: Sequence[Contrast], folder: Path) -> None:
     lines: list[list[Any]] = []
     for row in rows:
         interval = with_interval(row.mean, row.low, row.high)
-        p = f"{adjusted[row.task]:.3f}" if row in primary else "–"
+        p = f"{adjusted[row.task]:.3f}" if row in primary and row.searches > 1 else "–"
         lines.append([row.task, row.arm, row.against, f"{row.searches}", f"{row.seeds}", interval, p])
     tables.write(folder / "contrasts.csv", rows)
     titles = ("task", "arm", "against", "searches", "seeds", "difference, points (95 % over searches)", "p, Holm")

@@ -127,12 +127,16 @@ def accuracies(rows: Iterable[Result], arm: str) -> dict[int, float]:
 
 
 def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
-    """A difference and its interval.
+    """A difference and its interval, if there is one.
 
     Example:
       >>> with_interval(1.5, -0.25, 3.25)
       '+1.50 (−0.25 to +3.25)'
+      >>> with_interval(1.5, math.nan, math.nan)
+      '+1.50 (a single value, no interval)'
     """
+    if math.isnan(low):
+        return f"{mean:+.{digits}f} (a single value, no interval)".replace("-", "−")
     return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})".replace("-", "−")
 
 

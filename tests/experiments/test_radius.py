@@ -68,6 +68,16 @@ def test_contrasts_are_adjusted_over_tasks(tmp_path):
     assert "−0.50 (−1.00 to +0.00)" in (tmp_path / "contrasts.md").read_text()
 
 
+def test_a_single_search_has_no_interval_and_leaves_the_other_tasks_p(tmp_path):
+    rows = [radius.Contrast("a", "crsam", "sam", 5, 100, -0.5, -1.0, 0.0, 0.02)]
+    rows.append(radius.contrast("b", "crsam", "sam", [[Result("sam", 0, "", 1, 5.0), Result("crsam", 0, "", 1, 6.0)]]))
+    radius.write_contrasts(rows, tmp_path)
+    lines = (tmp_path / "contrasts.md").read_text().splitlines()[2:]
+    assert [line.split("|")[-3:-1] for line in lines] == [
+        [" −0.50 (−1.00 to +0.00) ", " 0.040 "], [" +1.00 (a single value, no interval) ", " – "]
+    ]  # fmt: skip
+
+
 def test_an_unknown_task_is_refused():
     with pytest.raises(ValueError, match="did you mean 'digits'"):
         radius.radius(("digit",))
