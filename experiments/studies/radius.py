@@ -182,7 +182,7 @@ def write_contrasts(rows: Sequence[Contrast], folder: Path) -> None:
     lines: list[list[Any]] = []
     for row in rows:
         interval = with_interval(row.mean, row.low, row.high)
-        p = f"{adjusted[row.task]:.3f}" if row in primary and row.searches > 1 else "–"
+        p = f"{adjusted[row.task]:.3f}" if row in primary and not math.isnan(row.p) else "–"
         lines.append([row.task, row.arm, row.against, f"{row.searches}", f"{row.seeds}", interval, p])
     tables.write(folder / "contrasts.csv", rows)
     titles = ("task", "arm", "against", "searches", "seeds", "difference, points (95 % over searches)", "p, Holm")

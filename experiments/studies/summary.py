@@ -135,9 +135,8 @@ def with_interval(mean: float, low: float, high: float, digits: int = 2) -> str:
       >>> with_interval(1.5, math.nan, math.nan)
       '+1.50 (a single value, no interval)'
     """
-    if math.isnan(low):
-        return f"{mean:+.{digits}f} (a single value, no interval)".replace("-", "−")
-    return f"{mean:+.{digits}f} ({low:+.{digits}f} to {high:+.{digits}f})".replace("-", "−")
+    interval = "a single value, no interval" if math.isnan(low) else f"{low:+.{digits}f} to {high:+.{digits}f}"
+    return f"{mean:+.{digits}f} ({interval})".replace("-", "−")
 
 
 def seeds_needed(deviation: float, difference: float, comparisons: int = 1) -> int | None:
